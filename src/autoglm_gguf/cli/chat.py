@@ -1,0 +1,184 @@
+"""``autoglm-gguf chat``: the interactive conversation, also usable through a pipe.
+
+Reading lines, commands and drawing; the conversation itself is `ChatSession`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from autoglm_gguf.cli import options, output
+from autoglm_gguf.cli.prompt_line import EndOfInput, LineReader, open_reader
+from autoglm_gguf.errors import AutoGLMError
+from autoglm_gguf.messages import Chunk, ImagePart
+from autoglm_gguf.session import AutoGLM, ChatSession
+from autoglm_gguf.vision import open_image
+
+HELP = """/image PATH   show an image with the next message
+/clear        forget the conversation
+/show         print the conversation so far
+/help         this list
+/exit         leave (also Ctrl-D)
+A line that ends with \\ goes on in the next one; \"\"\" alone on a line opens and closes a longer text.
+Ctrl-C stops an answer and keeps what was said."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the command."""
+    parser = commands.add_parser("chat", help="talk with a model")
+    options.add_model_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--image", metavar="PATH", help="image for the first message")
+    parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
+    options.add_sampling_options(parser, max_tokens=512)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Converse until the input ends."""
+    sampling = options.sampling_arguments(arguments)
+    with options.load_model(arguments) as model, model.chat(system=arguments.system) as session:
+        talk = Conversation(model, session, sampling, as_json=arguments.json)
+        if arguments.image is not None:
+            talk.handle(f"/image {arguments.image}")
+        talk.loop(open_reader(interactive=sys.stdin.isatty()))
+
+
+class Conversation:
+    """The loop between a reader and a chat session.
+
+    Args:
+        model: The loaded model.
+        session: Its conversation.
+        sampling: Keyword arguments for every answer.
+        as_json: Answers as JSON lines instead of streamed text.
+    """
+
+    def __init__(
+        self,
+        model: AutoGLM,
+        session: ChatSession,
+        sampling: dict[str, Any],
+        *,
+        as_json: bool = False,
+    ) -> None:
+        self._model, self._session, self._sampling = model, session, sampling
+        self._as_json = as_json
+        self._image: str | None = None
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/image": self._take_image,
+            "/clear": self._clear,
+            "/show": self._show,
+            "/help": lambda _: output.write(HELP),
+        }
+
+    def loop(self, reader: LineReader) -> None:
+        """Read and answer until the input ends or ``/exit``."""
+        if reader.interactive:
+            output.note(f"{self._model.info.name}: /help lists the commands, Ctrl-D leaves")
+        while True:
+            try:
+                text = reader.read()
+            except EndOfInput:
+                return
+            if not self.handle(text):
+                return
+
+    def handle(self, text: str) -> bool:
+        """Carry out one input; False ends the conversation."""
+        stripped = text.strip()
+        if not stripped:
+            return True
+        if not stripped.startswith("/"):
+            self._answer(text)
+            return True
+        name, _, rest = stripped.partition(" ")
+        if name in ("/exit", "/quit"):
+            return False
+        command = self._commands.get(name)
+        if command is None:
+            output.note(f"{name}: no such command; /help lists them, a message cannot begin with /")
+        else:
+            command(rest.strip())
+        return True
+
+    def _take_image(self, path: str) -> None:
+        if not path:
+            output.note("/image needs a path: /image screen.png")
+            return
+        try:
+            if self._model.info.vision is None:
+                output.note("error: this model takes no images; load it with its mmproj file")
+                return
+            size = open_image(path).size
+        except AutoGLMError as error:
+            output.note(f"error: {error}")
+            return
+        self._image = path
+        output.note(f"{path}: {size[0]}x{size[1]} px, goes with the next message")
+
+    def _clear(self, _: str) -> None:
+        self._session.clear()
+        self._image = None
+        output.note("conversation cleared")
+
+    def _show(self, _: str) -> None:
+        if not self._session.messages:
+            output.note("nothing said yet")
+        for message in self._session.messages:
+            parts = [message.content] if isinstance(message.content, str) else message.content
+            shown = [
+                part
+                if isinstance(part, str)
+                else f"[image {part.source!s}]"
+                if isinstance(part, ImagePart)
+                else part.text
+                for part in parts
+            ]
+            output.write(f"{message.role}: {' '.join(shown)}")
+
+    def _answer(self, text: str) -> None:
+        """Stream one answer; an error or Ctrl-C ends the answer, never the conversation."""
+        last = Chunk("")
+        said = ""
+        try:
+            for last in self._session.stream(text, image=self._image, **self._sampling):
+                said += last.text
+                if not self._as_json:
+                    output.write(last.text, end="")
+        except KeyboardInterrupt:
+            output.note("\nstopped; the part above is kept")
+        except AutoGLMError as error:
+            output.note(("\n" if said else "") + f"error: {error}")
+            return
+        finally:
+            self._image = None if said else self._image
+        if self._as_json:
+            output.write_json_line(_as_json(said, last))
+        elif last.usage is not None:
+            output.write()
+            output.note(output.dim(self._summary(last), sys.stderr))
+
+    def _summary(self, last: Chunk) -> str:
+        assert last.usage is not None and last.timings is not None
+        usage, timings = last.usage, last.timings
+        left = self._model.info.n_ctx - usage.total_tokens
+        image = f" ({usage.image_tokens} image)" if usage.image_tokens else ""
+        return (
+            f"[{usage.prompt_tokens}{image} + {usage.completion_tokens} tokens · "
+            f"{timings.predicted_per_second:.1f} tok/s · first token {timings.ttft_ms:.0f} ms · "
+            f"context left {max(0, left)} · {last.finish_reason}]"
+        )
+
+
+def _as_json(said: str, last: Chunk) -> dict[str, Any]:
+    return {
+        "text": said,
+        "finish_reason": last.finish_reason or "cancelled",
+        "usage": asdict(last.usage) if last.usage else None,
+        "timings": asdict(last.timings) if last.timings else None,
+    }

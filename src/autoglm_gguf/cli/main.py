@@ -1,0 +1,47 @@
+"""``autoglm-gguf``: parses the command line, runs one command, turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+from autoglm_gguf import __version__
+from autoglm_gguf.cli import act, chat, convert, inspect
+from autoglm_gguf.cli.errors import EXIT_OK, report
+
+_COMMANDS = (convert, inspect, chat, act)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="autoglm-gguf", description="AutoGLM on your own device, with llama.cpp."
+    )
+    parser.add_argument("--version", action="version", version=f"autoglm-gguf {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="show llama.cpp's own log")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Without the program's name; by default the process's.
+
+    Returns:
+        0 done, 1 our error, 2 usage, 130 interrupted.
+    """
+    parsed = build_parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if parsed.verbose else logging.CRITICAL,
+        format="%(name)s: %(message)s",
+    )
+    try:
+        parsed.run(parsed)
+    except BaseException as error:
+        return report(error)
+    return EXIT_OK

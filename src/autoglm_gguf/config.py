@@ -1,0 +1,101 @@
+"""Frozen parameter sets, in llama.cpp's words. Values only; no defaults chosen from the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+CacheType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+ContentFormat: TypeAlias = Literal["openai", "string"]
+CACHE_TYPES: tuple[CacheType, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
+CONTENT_FORMATS: tuple[ContentFormat, ...] = ("openai", "string")
+MAX_SEED = 2**32 - 2  # llama.cpp takes 0xFFFFFFFF for "draw one"
+
+
+@dataclass(frozen=True, slots=True)
+class ContextParams:
+    """How a model is held and run.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    n_ctx: int = 4096
+    """KV cells: text tokens plus image tokens, prompt plus answer."""
+    n_gpu_layers: int = 0
+    """Layers placed on the GPU, the last ones first; -1 means all."""
+    n_threads: int | None = None
+    """Compute threads; None takes the number of usable cores."""
+    n_batch: int = 512
+    """Tokens per decode call; cancelling is noticed between calls."""
+    type_k: CacheType = "f16"
+    type_v: CacheType = "f16"
+    flash_attn: bool = True
+    """Fused attention. A quantised V cache needs it."""
+    max_image_tokens: int | None = None
+    """Upper bound for one image; None leaves the model's own."""
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.n_ctx <= 2**20:
+            raise ValueError(f"n_ctx {self.n_ctx}: not in 8..{2**20}")
+        if not -1 <= self.n_gpu_layers <= 10_000:
+            raise ValueError(f"n_gpu_layers {self.n_gpu_layers}: not in -1..10000 (-1 means all)")
+        if self.n_threads is not None and not 1 <= self.n_threads <= 512:
+            raise ValueError(f"n_threads {self.n_threads}: not in 1..512")
+        if not 1 <= self.n_batch <= 16384:
+            raise ValueError(f"n_batch {self.n_batch}: not in 1..16384")
+        for name, value in (("type_k", self.type_k), ("type_v", self.type_v)):
+            if value not in CACHE_TYPES:
+                raise ValueError(f"{name} {value!r}: not one of {', '.join(CACHE_TYPES)}")
+        if self.type_v in ("q8_0", "q4_0") and not self.flash_attn:
+            raise ValueError(f"type_v {self.type_v!r}: a quantised V cache needs flash_attn=True")
+        if self.max_image_tokens is not None and self.max_image_tokens < 16:
+            raise ValueError(f"max_image_tokens {self.max_image_tokens}: at least 16")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Penalties count generated tokens only, as vLLM and OpenAI do.
+
+    The order is the official server's: penalties, temperature, min_p, top_k, top_p.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    max_tokens: int | None = None
+    """Tokens to generate at most; None fills the context."""
+    temperature: float = 0.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 switches it off."""
+    min_p: float = 0.0
+    seed: int | None = None
+    """None draws a fresh one."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repeat_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; they are not part of it."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens {self.max_tokens}: at least 1")
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("repeat_penalty", self.repeat_penalty, 0.01, 10.0)
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k}: at least 0 (0 switches it off)")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed {self.seed}: not in 0..{MAX_SEED}")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError("stop: a tuple of strings that are not empty")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also refuses NaN
+        raise ValueError(f"{name} {value}: not in {low:g}..{high:g}")

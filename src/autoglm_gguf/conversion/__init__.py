@@ -1,0 +1,1 @@
+"""Published weights to a GGUF pair, in one streaming pass, without torch."""

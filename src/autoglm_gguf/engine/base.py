@@ -1,0 +1,93 @@
+"""The protocol between sessions and engines. One sequence, one caller at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_gguf.config import SamplingParams
+from autoglm_gguf.gguf.describe import VisionLimits
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a session must know about the model behind an engine."""
+
+    name: str
+    n_ctx: int
+    n_vocab: int
+    stop_ids: frozenset[int]
+    """Every token that ends a turn."""
+    chat_template: str | None
+    vision: VisionLimits | None
+    """None for a text-only model."""
+    max_image_tokens: int | None
+    notes: tuple[str, ...] = ()
+    """What was chosen or completed for the user, with reasons."""
+    path: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEmbedding:
+    """An encoded image."""
+
+    data: NDArray[np.float32]
+    """``(n_tokens, n_embd)``, row by row from the top left."""
+    grid: tuple[int, int]
+    """``(n_columns, n_rows)``."""
+
+    @property
+    def n_tokens(self) -> int:
+        """KV cells it takes."""
+        return self.grid[0] * self.grid[1]
+
+
+class Sampler(Protocol):
+    """Chooses tokens and remembers what it chose."""
+
+    def sample(self) -> int:
+        """The next token, from the logits of the last evaluated one."""
+
+    def close(self) -> None:
+        """Release it."""
+
+
+class Engine(Protocol):
+    """Evaluates one sequence."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """The model's properties."""
+
+    @property
+    def n_batch(self) -> int:
+        """Tokens per `eval_tokens` call at most."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids; literal special tokens become their ids; nothing is added."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes to show for a token; none for control tokens that are no tags."""
+
+    def encode_image(self, pixels: NDArray[np.uint8], grid: tuple[int, int]) -> ImageEmbedding:
+        """Run the vision tower over ``(height, width, 3)`` RGB pixels."""
+
+    def reset(self) -> None:
+        """Forget everything evaluated so far."""
+
+    def eval_tokens(self, tokens: Sequence[int]) -> None:
+        """Evaluate at most `n_batch` tokens after what was evaluated so far."""
+
+    def eval_image(self, image: ImageEmbedding) -> None:
+        """Evaluate an encoded image after what was evaluated so far."""
+
+    def open_sampler(self, params: SamplingParams) -> Sampler:
+        """A fresh sampler."""
+
+    def close(self) -> None:
+        """Free everything; the engine must not be used any more."""

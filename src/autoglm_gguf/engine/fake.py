@@ -1,0 +1,120 @@
+"""A deterministic engine for tests and examples: it answers from a script, one byte a token.
+
+Token ``i`` below 256 is the byte ``i``; 256 ends a turn; 257 is ``<|image|>``. It keeps the rules of
+the real engine (batch size, context size, text before image), so that sessions are tested as they
+run. It has no weights and knows no language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_gguf.config import SamplingParams
+from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
+from autoglm_gguf.errors import ContextFullError, ImageError
+from autoglm_gguf.gguf.describe import GLM_TEMPLATE, VisionLimits
+
+STOP = 256
+IMAGE = 257
+_LIMITS = VisionLimits(patch_size=14, merge_size=2, min_pixels=12_544, max_pixels=5_000_000)
+
+
+class FakeEngine:
+    """Answers with ``answer``: bytes, or a function from the prompt's text to bytes.
+
+    Args:
+        answer: What it says before it ends the turn.
+        n_ctx: Cells it pretends to have.
+        vision: Whether it takes images.
+        chat_template: The template it reports; None for a plain completion model.
+    """
+
+    n_batch = 64
+
+    def __init__(
+        self,
+        answer: bytes | Callable[[str], bytes] = b"ok",
+        *,
+        n_ctx: int = 4096,
+        vision: bool = True,
+        chat_template: str | None = GLM_TEMPLATE,
+    ) -> None:
+        self._answer = answer
+        self.evaluated: list[int] = []
+        """Every token evaluated since the last reset, `IMAGE` once per image token."""
+        self.n_prompts = 0
+        self.closed = False
+        self.info = EngineInfo(
+            name="fake",
+            n_ctx=n_ctx,
+            n_vocab=258,
+            stop_ids=frozenset({STOP}),
+            chat_template=chat_template,
+            vision=_LIMITS if vision else None,
+            max_image_tokens=None,
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """One token per byte."""
+        return list(text.encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        """The byte itself; nothing for the two special tokens."""
+        return bytes([token]) if token < STOP else b""
+
+    def encode_image(self, pixels: NDArray[np.uint8], grid: tuple[int, int]) -> ImageEmbedding:
+        """One mean colour per image token."""
+        if self.info.vision is None:
+            raise ImageError("fake: takes no images")
+        means = np.full((grid[0] * grid[1], 1), pixels.mean(), np.float32)
+        return ImageEmbedding(means, grid)
+
+    def reset(self) -> None:
+        """Forget everything evaluated so far."""
+        self.evaluated.clear()
+        self.n_prompts += 1
+
+    def eval_tokens(self, tokens: Sequence[int]) -> None:
+        """Remember tokens; refuses what the real engine refuses."""
+        if not 1 <= len(tokens) <= self.n_batch:
+            raise ValueError(f"batch of {len(tokens)} tokens")
+        self._room(len(tokens))
+        self.evaluated.extend(tokens)
+
+    def eval_image(self, image: ImageEmbedding) -> None:
+        """Remember an image as `IMAGE` tokens."""
+        self._room(image.n_tokens)
+        self.evaluated.extend([IMAGE] * image.n_tokens)
+
+    def _room(self, n: int) -> None:
+        if len(self.evaluated) + n > self.info.n_ctx:
+            raise ContextFullError(
+                "context: full", n_prompt=len(self.evaluated) + n, n_ctx=self.info.n_ctx
+            )
+
+    def open_sampler(self, params: SamplingParams) -> FakeSampler:
+        """A sampler that reads the script from its beginning."""
+        prompt = bytes(t for t in self.evaluated if t < STOP).decode("utf-8", "replace")
+        answer = self._answer if isinstance(self._answer, bytes) else self._answer(prompt)
+        return FakeSampler(answer)
+
+    def close(self) -> None:
+        """Mark it closed."""
+        self.closed = True
+
+
+class FakeSampler:
+    """Gives an answer's bytes one by one, then `STOP` for ever."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._tokens = iter([*answer])
+
+    def sample(self) -> int:
+        """The next byte, or `STOP`."""
+        return next(self._tokens, STOP)
+
+    def close(self) -> None:
+        """Nothing to release."""

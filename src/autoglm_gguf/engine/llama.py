@@ -1,0 +1,176 @@
+"""The real engine: a GGUF pair on llama.cpp.
+
+Files are checked before llama.cpp sees them. The vision tower is loaded at the first image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_gguf.config import ContextParams, SamplingParams
+from autoglm_gguf.devices import usable_cores
+from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
+from autoglm_gguf.errors import ImageError
+from autoglm_gguf.gguf import names
+from autoglm_gguf.gguf.describe import describe_pair
+from autoglm_gguf.native.llama import LlamaContext, LlamaModel, SamplerChain
+from autoglm_gguf.native.mtmd import VisionTower
+
+# Shown although some checkpoints mark them as control tokens: the client parses them.
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+class LlamaEngine:
+    """A text GGUF, optionally with its mmproj.
+
+    Args:
+        text: The text GGUF.
+        mmproj: Its vision tower; None makes a text-only engine.
+        params: Sizes and types.
+        n_outputs_max: Positions per batch whose logits may be read; 1 for generation.
+
+    Raises:
+        GGUFError: A file is missing, broken or of another kind.
+        PairMismatchError: The files do not belong together.
+        EngineError: llama.cpp refused the model or the context.
+    """
+
+    def __init__(
+        self, text: Path, mmproj: Path | None, params: ContextParams, *, n_outputs_max: int = 1
+    ) -> None:
+        described = describe_pair(text, mmproj)
+        self._mmproj = mmproj
+        self._flash_attn = params.flash_attn
+        self._n_threads = params.n_threads or usable_cores()
+        self._tower: VisionTower | None = None
+        self._model = LlamaModel(text, n_gpu_layers=params.n_gpu_layers)
+        try:
+            self._context = LlamaContext(
+                self._model, params, n_threads=self._n_threads, n_outputs_max=n_outputs_max
+            )
+        except BaseException:
+            self._model.close()
+            raise
+        notes = list(described.notes)
+        trained = self._model.n_ctx_train
+        if params.n_ctx > trained:
+            notes.append(f"n_ctx: {params.n_ctx} is beyond the {trained} the model was trained for")
+        tokens = described.text.metadata[names.TOKENS]
+        self._tag_ids = {i: t.encode() for i, t in enumerate(tokens) if t in _TAGS}
+        vision = described.vision if self._model.uses_mrope else None
+        if described.vision is not None and vision is None:
+            notes.append(
+                f"images: refused, since {text.name} has no rope.dimension_sections; convert the "
+                "checkpoint again with a newer converter"
+            )
+        self._info = EngineInfo(
+            name=text.stem,
+            n_ctx=params.n_ctx,
+            n_vocab=self._model.n_vocab,
+            stop_ids=described.stop_ids,
+            chat_template=described.chat_template,
+            vision=vision,
+            max_image_tokens=params.max_image_tokens,
+            notes=tuple(notes),
+            path=text,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """The model's properties."""
+        return self._info
+
+    @property
+    def n_batch(self) -> int:
+        """Tokens per `eval_tokens` call at most."""
+        return self._context.n_batch
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids; literal special tokens become their ids; nothing is added."""
+        return self._model.tokenize(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes to show for a token; none for control tokens that are no tags."""
+        tag = self._tag_ids.get(token)
+        return tag if tag is not None else self._model.token_bytes(token, special=False)
+
+    def encode_image(self, pixels: NDArray[np.uint8], grid: tuple[int, int]) -> ImageEmbedding:
+        """Run the vision tower over ``(height, width, 3)`` RGB pixels.
+
+        Raises:
+            ImageError: A text-only engine.
+            EngineError: libmtmd failed.
+        """
+        if self._mmproj is None or self._info.vision is None:
+            raise ImageError(
+                f"{self._info.name}: takes no images",
+                hint="load the model together with its mmproj file",
+            )
+        n_tokens = grid[0] * grid[1]
+        if self._tower is None:
+            limits = self._info.vision
+            # No tower of this family takes more: its position grid is stretched over the image.
+            most = limits.max_pixels // (2 * limits.factor**2)
+            self._tower = VisionTower(
+                self._mmproj,
+                self._model,
+                n_threads=self._n_threads,
+                flash_attn=self._flash_attn,
+                max_image_tokens=max(most, n_tokens),
+            )
+        return ImageEmbedding(self._tower.encode(pixels, grid), grid)
+
+    def reset(self) -> None:
+        """Forget everything evaluated so far."""
+        self._context.clear()
+
+    def eval_tokens(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
+        """Evaluate at most `n_batch` tokens after what was evaluated so far.
+
+        Raises:
+            ContextFullError: They do not fit n_ctx.
+            EngineError: llama.cpp failed.
+        """
+        self._context.decode_tokens(list(tokens), n_outputs=n_outputs)
+
+    def eval_image(self, image: ImageEmbedding) -> None:
+        """Evaluate an encoded image after what was evaluated so far.
+
+        Raises:
+            ContextFullError: It does not fit n_ctx.
+            EngineError: llama.cpp failed.
+        """
+        self._context.decode_image(image.data, image.grid)
+
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        """Logits ``(n_vocab,)`` of one of the last batch's outputs, copied."""
+        return self._context.logits(index).copy()
+
+    def open_sampler(self, params: SamplingParams) -> _LlamaSampler:
+        """A fresh sampler over this engine's logits."""
+        return _LlamaSampler(
+            SamplerChain(self._model, params, n_ctx=self._info.n_ctx), self._context
+        )
+
+    def close(self) -> None:
+        """Free the vision tower, the context and the weights."""
+        if self._tower is not None:
+            self._tower.close()
+            self._tower = None
+        self._context.close()
+        self._model.close()
+
+
+class _LlamaSampler:
+    def __init__(self, chain: SamplerChain, context: LlamaContext) -> None:
+        self._chain, self._context = chain, context
+
+    def sample(self) -> int:
+        return self._chain.sample(self._context)
+
+    def close(self) -> None:
+        self._chain.close()

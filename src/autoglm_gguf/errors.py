@@ -1,0 +1,108 @@
+"""Every error a user can meet, as one family.
+
+This module knows what can go wrong and what to type next; it does not know how errors are shown
+(``cli/errors.py`` maps classes to exit codes). Wrong *arguments* stay ``ValueError``/``TypeError``.
+
+    AutoGLMError
+    ├── CheckpointError          the published files are missing, broken, or not what they claim
+    │   └── UnsupportedModelError    a sound checkpoint of a family we do not convert
+    ├── GGUFError                a GGUF file is missing, broken, or lacks what is needed
+    │   └── PairMismatchError        text GGUF and mmproj GGUF do not belong together
+    ├── ConversionError          the conversion itself could not be done or written
+    ├── ImageError               bytes that are no image, or an image the model cannot take
+    ├── PromptError              messages that the chat template cannot render
+    ├── ContextFullError         a request that cannot fit n_ctx
+    ├── ActionParseError         an answer that is no action
+    ├── EngineError              llama.cpp failed while loading or running
+    │   └── EngineBusyError          a stream of this model is still open
+    └── NativeLibraryError       llama-cpp-python is missing or not the pinned version
+"""
+
+from __future__ import annotations
+
+
+class AutoGLMError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        message: ``<thing>: <what is wrong> (<found>, <required>)``.
+        hint: What to do or type next; empty if there is nothing to add.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class CheckpointError(AutoGLMError):
+    """A published checkpoint is missing files, is truncated, or contradicts itself."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A checkpoint whose architecture or tokenizer this package does not convert."""
+
+
+class GGUFError(AutoGLMError):
+    """A GGUF file is missing, truncated, or lacks what the operation needs."""
+
+
+class PairMismatchError(GGUFError):
+    """A text GGUF and an mmproj GGUF that do not belong to the same model."""
+
+
+class ConversionError(AutoGLMError):
+    """A conversion that could not be carried out or written."""
+
+
+class ImageError(AutoGLMError):
+    """Data that is no image, or an image that this model cannot take."""
+
+
+class PromptError(AutoGLMError):
+    """Messages that the model's chat template cannot render."""
+
+
+class ContextFullError(AutoGLMError):
+    """A request whose prompt does not fit the context.
+
+    Args:
+        message: See `AutoGLMError`.
+        n_prompt: KV cells the prompt needs (text tokens plus image tokens).
+        n_ctx: KV cells the context has.
+        hint: See `AutoGLMError`.
+    """
+
+    def __init__(self, message: str, *, n_prompt: int, n_ctx: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.n_prompt = n_prompt
+        self.n_ctx = n_ctx
+
+
+class ActionParseError(AutoGLMError):
+    """An answer in which no action of the client's grammar was found.
+
+    Args:
+        message: See `AutoGLMError`.
+        text: The whole answer.
+        hint: See `AutoGLMError`.
+    """
+
+    def __init__(self, message: str, *, text: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.text = text
+
+
+class EngineError(AutoGLMError):
+    """llama.cpp reported a failure; its last error lines are in the message."""
+
+
+class EngineBusyError(EngineError):
+    """A stream of this model is still open in the same thread."""
+
+
+class NativeLibraryError(AutoGLMError):
+    """llama-cpp-python is missing, cannot be loaded, or is not the pinned version."""

@@ -1,0 +1,154 @@
+"""The values that travel between callers, prompts and engines: messages in, chunks out.
+
+Pure data. It does not know how a prompt is rendered or how an engine works.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image"
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A piece of text inside a message."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """An image inside a message."""
+
+    source: ImageSource
+    """A path, a ``data:`` URL, the encoded file's bytes, or a Pillow image."""
+
+
+Part: TypeAlias = TextPart | ImagePart
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str | tuple[Part, ...]
+
+
+MessageLike: TypeAlias = Message | Mapping[str, Any]
+
+
+def parse_messages(messages: Sequence[MessageLike]) -> tuple[Message, ...]:
+    """Take `Message` values or OpenAI-style dicts (unknown fields ignored, null content empty).
+
+    Raises:
+        ValueError: An unknown role or part type, or content of another shape.
+    """
+    return tuple(m if isinstance(m, Message) else _parse_message(m) for m in messages)
+
+
+def _parse_message(raw: Mapping[str, Any]) -> Message:
+    role = raw.get("role")
+    if role not in ROLES:
+        raise ValueError(f"message role {role!r}: not one of {', '.join(ROLES)}")
+    content = raw.get("content")
+    if content is None:
+        return Message(role, "")
+    if isinstance(content, str):
+        return Message(role, content)
+    if isinstance(content, Sequence):
+        return Message(role, tuple(_parse_part(part) for part in content))
+    raise ValueError(f"message content: a {type(content).__name__}, not text or a list of parts")
+
+
+def _parse_part(raw: Any) -> Part:
+    if isinstance(raw, TextPart | ImagePart):
+        return raw
+    if isinstance(raw, str):
+        return TextPart(raw)
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"message part: a {type(raw).__name__}, not a mapping")
+    match raw.get("type"):
+        case "text" if isinstance(raw.get("text"), str):
+            return TextPart(raw["text"])
+        case "image_url":
+            url = raw.get("image_url")
+            url = url.get("url") if isinstance(url, Mapping) else url
+            if isinstance(url, str):
+                return ImagePart(url)
+        case "image" if raw.get("image") is not None:
+            return ImagePart(raw["image"])
+    raise ValueError(f"message part of type {raw.get('type')!r}: not a text or image part")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost in KV cells; an image counts one per image token."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    image_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of a request went, in llama.cpp's words."""
+
+    image_ms: float = 0.0
+    """Vision tower, milliseconds."""
+    prompt_n: int = 0
+    """KV cells evaluated for the prompt."""
+    prompt_ms: float = 0.0
+    """Prefill without the vision tower, milliseconds."""
+    predicted_n: int = 0
+    """Tokens generated, the one that ended the turn included."""
+    predicted_ms: float = 0.0
+    """From the first token to the last, milliseconds."""
+    ttft_ms: float = 0.0
+    """From the request to the first token, milliseconds."""
+
+    @property
+    def predicted_per_second(self) -> float:
+        """Decode speed in tokens per second; 0 with fewer than two tokens."""
+        steps = self.predicted_n - 1
+        return 1000.0 * steps / self.predicted_ms if steps > 0 and self.predicted_ms > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer. Exactly one chunk of a stream, the last, has a ``finish_reason``."""
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    """Ids that were sampled since the chunk before."""
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    """On the last chunk only."""
+    timings: Timings | None = None
+    """On the last chunk only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer: what the chunks of a stream add up to."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: tuple[int, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)

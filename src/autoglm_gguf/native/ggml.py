@@ -1,0 +1,122 @@
+"""ggml's tensor types and its own quantisation kernels, called on numpy rows.
+
+Knows bytes and rows; knows nothing of models or files. The kernels release the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_gguf.native.library import engine_error, load_ggml
+
+
+class GGMLType(IntEnum):
+    """Tensor types this package reads or writes, with ggml's numbers."""
+
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    IQ3_XXS = 18
+    IQ4_NL = 20
+    IQ3_S = 21
+    IQ4_XS = 23
+    BF16 = 30
+
+
+def block_size(ggml_type: int) -> int:
+    """Elements per quantisation block; 1 for plain floats."""
+    return int(_lib().ggml_blck_size(ggml_type))
+
+
+def row_bytes(ggml_type: int, n_per_row: int) -> int:
+    """Bytes of one row of ``n_per_row`` elements (a multiple of the block size)."""
+    return int(_lib().ggml_row_size(ggml_type, n_per_row))
+
+
+def to_float32(raw: NDArray[np.generic], ggml_type: int) -> NDArray[np.float32]:
+    """Widen f16 (uint16 or float16 words) or bf16 (uint16 words) to f32; f32 passes through.
+
+    Args:
+        raw: Any shape, C-contiguous.
+        ggml_type: F32, F16 or BF16.
+
+    Returns:
+        The same shape.
+    """
+    if ggml_type == GGMLType.F32:
+        return np.ascontiguousarray(raw).view(np.float32)
+    source = np.ascontiguousarray(raw)
+    out = np.empty(source.shape, np.float32)
+    widen = "ggml_fp16_to_fp32_row" if ggml_type == GGMLType.F16 else "ggml_bf16_to_fp32_row"
+    getattr(_lib(), widen)(_pointer(source), _pointer(out), source.size)
+    return out
+
+
+def quantize(rows: NDArray[np.float32], ggml_type: int) -> NDArray[np.uint8]:
+    """Encode rows as ``ggml_type``, byte for byte as llama-quantize does.
+
+    Args:
+        rows: ``(n_rows, n_per_row)``, f32, C-contiguous; n_per_row a multiple of the block size.
+        ggml_type: The target type.
+
+    Returns:
+        ``(n_rows, row_bytes)``.
+
+    Raises:
+        EngineError: ggml wrote another number of bytes than the type asks for.
+    """
+    rows = np.ascontiguousarray(rows)
+    n_rows, n_per_row = rows.shape
+    out = np.empty((n_rows, row_bytes(ggml_type, n_per_row)), np.uint8)
+    if ggml_type == GGMLType.F32:
+        return rows.view(np.uint8).reshape(out.shape)
+    if ggml_type == GGMLType.BF16:
+        _lib().ggml_fp32_to_bf16_row_ref(_pointer(rows), _pointer(out), rows.size)
+        return out
+    if ggml_type == GGMLType.F16:
+        _lib().ggml_fp32_to_fp16_row(_pointer(rows), _pointer(out), rows.size)
+        return out
+    n_bytes = _lib().ggml_quantize_chunk(
+        ggml_type, _pointer(rows), _pointer(out), 0, n_rows, n_per_row, None
+    )
+    if n_bytes != out.nbytes:
+        raise engine_error(f"ggml: quantised {n_bytes} bytes, not {out.nbytes}")
+    return out
+
+
+def _pointer(array: NDArray[np.generic]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+@cache
+def _lib() -> ctypes.CDLL:
+    lib = load_ggml()
+    pointer, i64, size, enum = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t, ctypes.c_int
+    signatures: dict[str, tuple[type | None, list[type]]] = {
+        "ggml_blck_size": (i64, [enum]),
+        "ggml_row_size": (size, [enum, i64]),
+        "ggml_quantize_chunk": (size, [enum, pointer, pointer, i64, i64, i64, pointer]),
+        "ggml_bf16_to_fp32_row": (None, [pointer, pointer, i64]),
+        "ggml_fp16_to_fp32_row": (None, [pointer, pointer, i64]),
+        "ggml_fp32_to_bf16_row_ref": (None, [pointer, pointer, i64]),
+        "ggml_fp32_to_fp16_row": (None, [pointer, pointer, i64]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype = result
+        function.argtypes = arguments
+    return lib

@@ -1,0 +1,134 @@
+"""Loads the pinned llama-cpp-python once, checks it, and turns its logs into ``logging`` records.
+
+Knows the version whose struct layouts the bindings describe. Does not know models or files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import threading
+from collections import deque
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from autoglm_gguf.errors import EngineError, NativeLibraryError
+
+PINNED_VERSION = "0.3.36"
+LLAMA_CPP_COMMIT = "0c1e57098bba43ac29e6e3b677cdceebdd22334f"
+
+logger = logging.getLogger("autoglm_gguf.llama_cpp")
+_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+_CONTINUED = 5  # GGML_LOG_LEVEL_CONT: the rest of the line before
+_KEPT_LINES = 8
+_last_errors: deque[str] = deque(maxlen=_KEPT_LINES)
+_last_level = logging.DEBUG
+_lock = threading.Lock()
+
+
+@cache
+def load_llama() -> ModuleType:
+    """Return llama-cpp-python's low-level module, initialised and with its logs redirected.
+
+    Raises:
+        NativeLibraryError: Not installed, not loadable, or another version than the pinned one.
+    """
+    llama = _import("llama_cpp.llama_cpp")
+    found = str(getattr(importlib.import_module("llama_cpp"), "__version__", "unknown"))
+    if found != PINNED_VERSION:
+        raise NativeLibraryError(
+            f"llama-cpp-python: wrong version (found {found}, required {PINNED_VERSION})",
+            hint=f"pip install llama-cpp-python=={PINNED_VERSION}",
+        )
+    _check_layout(llama)
+    llama.llama_log_set(_callback(llama), ctypes.c_void_p(0))
+    llama.llama_backend_init()
+    return llama
+
+
+@cache
+def load_mtmd() -> ModuleType:
+    """Return llama-cpp-python's multimodal module, its logs redirected.
+
+    Raises:
+        NativeLibraryError: See `load_llama`.
+    """
+    llama = load_llama()
+    mtmd = _import("llama_cpp.mtmd_cpp")
+    mtmd.mtmd_log_set(_callback(llama), ctypes.c_void_p(0))
+    mtmd.mtmd_helper_log_set(_callback(llama), ctypes.c_void_p(0))
+    return mtmd
+
+
+@cache
+def load_ggml() -> ctypes.CDLL:
+    """Return ggml's shared library (types, quantisation kernels, backends).
+
+    Raises:
+        NativeLibraryError: See `load_llama`.
+    """
+    load_llama()
+    library: ctypes.CDLL = _import("llama_cpp._ggml").libggml
+    return library
+
+
+def clear_errors() -> None:
+    """Forget the error lines seen so far; call before an operation that may fail."""
+    with _lock:
+        _last_errors.clear()
+
+
+def engine_error(what: str, *, hint: str = "") -> EngineError:
+    """Build an error whose message ends with llama.cpp's last error lines."""
+    with _lock:
+        lines = [line for line in _last_errors if line]
+    detail = f" (llama.cpp: {' | '.join(lines[-3:])})" if lines else ""
+    return EngineError(f"{what}{detail}", hint=hint)
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise NativeLibraryError(
+            f"llama-cpp-python: not installed ({error})",
+            hint=f"pip install llama-cpp-python=={PINNED_VERSION} (needs a C++ compiler and cmake)",
+        ) from error
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise NativeLibraryError(
+            f"llama-cpp-python: its library cannot be loaded ({error})",
+            hint=f"pip install --force-reinstall --no-cache-dir llama-cpp-python=={PINNED_VERSION}",
+        ) from error
+
+
+def _check_layout(llama: ModuleType) -> None:
+    """Compare the library's defaults with what the header promises: a shifted struct shows here."""
+    params = llama.llama_context_default_params()
+    found = (params.n_batch, params.n_ubatch, params.type_k, params.type_v, params.n_seq_max)
+    required = (2048, 512, llama.GGML_TYPE_F16, llama.GGML_TYPE_F16, 1)
+    if found != required:
+        raise NativeLibraryError(
+            f"llama.cpp: llama_context_params has another layout (found {found}, "
+            f"required {required})",
+            hint=f"pip install --force-reinstall llama-cpp-python=={PINNED_VERSION}",
+        )
+
+
+@cache
+def _callback(llama: ModuleType) -> Any:
+    return llama.llama_log_callback(_on_log)  # kept alive by the cache: C holds the pointer
+
+
+def _on_log(level: int, text: bytes, _user_data: Any) -> None:
+    global _last_level
+    line = text.decode("utf-8", "replace").rstrip("\n")
+    if level != _CONTINUED:
+        _last_level = _LEVELS.get(level, logging.DEBUG)
+    if _last_level >= logging.ERROR and line:
+        with _lock:
+            _last_errors.append(line.strip())
+    if line:
+        # Quiet by default: llama.cpp's info is our debug, its warnings our info.
+        logger.log(_last_level if _last_level >= logging.ERROR else _last_level - 10, "%s", line)

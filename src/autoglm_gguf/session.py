@@ -1,0 +1,573 @@
+"""`AutoGLM`, the runtime class, and `ChatSession`: where prompt, engine, sampling and text meet.
+
+One engine, one sequence: calls from several threads queue; a second stream in the thread that holds
+an open one is an error, since it would wait for itself. Knows no files beyond passing paths on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from autoglm_gguf.actions import Action, choose_system_prompt, parse_answer
+from autoglm_gguf.config import CONTENT_FORMATS, ContentFormat, ContextParams, SamplingParams
+from autoglm_gguf.engine.base import Engine, EngineInfo, Sampler
+from autoglm_gguf.errors import (
+    ContextFullError,
+    EngineBusyError,
+    EngineError,
+    ImageError,
+    PromptError,
+)
+from autoglm_gguf.gguf.names import END_OF_ANSWER
+from autoglm_gguf.hub import resolve_pair
+from autoglm_gguf.messages import (
+    Chunk,
+    Completion,
+    FinishReason,
+    ImagePart,
+    ImageSource,
+    Message,
+    MessageLike,
+    TextPart,
+    Timings,
+    Usage,
+    parse_messages,
+)
+from autoglm_gguf.prompt import Prompt, render_prompt
+from autoglm_gguf.stream import TextStream
+from autoglm_gguf.vision import Pixels, read_pixels
+
+_AUTO_SYSTEM = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a phone agent."""
+
+    thinking: str
+    action: Action
+    text: str
+    """The whole answer."""
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A checked request: token segments around pixels."""
+
+    segments: tuple[tuple[int, ...], ...]
+    images: tuple[Pixels, ...]
+    params: SamplingParams
+
+    @property
+    def n_prompt(self) -> int:
+        return sum(map(len, self.segments)) + sum(image.n_tokens for image in self.images)
+
+
+class AutoGLM:
+    """A loaded model.
+
+    Make one with `AutoGLM.load`; use it as a context manager, or `close` it.
+
+    Args:
+        engine: What evaluates; `autoglm_gguf.engine.fake.FakeEngine` for tests.
+        content_format: How image and text of a message are joined; see `render_prompt`.
+
+    Raises:
+        ValueError: Unknown content_format.
+    """
+
+    def __init__(self, engine: Engine, *, content_format: ContentFormat = "openai") -> None:
+        if content_format not in CONTENT_FORMATS:
+            raise ValueError(
+                f"content_format {content_format!r}: not one of {', '.join(CONTENT_FORMATS)}"
+            )
+        self._engine = engine
+        self._content_format = content_format
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._cancel = threading.Event()
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        mmproj: str | os.PathLike[str] | None = "auto",
+        content_format: ContentFormat = "openai",
+        **context: Any,
+    ) -> AutoGLM:
+        """Load a GGUF pair.
+
+        Args:
+            model: A text GGUF, or a directory with one.
+            mmproj: The vision tower; ``"auto"`` looks beside the model, None leaves it out.
+            content_format: ``openai`` renders as transformers does, ``string`` as the official
+                server does (image, line break, text).
+            **context: Fields of `ContextParams`: n_ctx, n_gpu_layers, n_threads, type_k, type_v,
+                flash_attn, n_batch, max_image_tokens.
+
+        Raises:
+            ValueError, TypeError: An argument out of range or unknown.
+            GGUFError: A file is missing, broken or of another kind.
+            PairMismatchError: The mmproj belongs to another model.
+            EngineError: llama.cpp refused the model.
+            NativeLibraryError: llama-cpp-python is missing or not the pinned version.
+        """
+        from autoglm_gguf.engine.llama import LlamaEngine
+
+        params = ContextParams(**context)
+        text, tower = resolve_pair(model, mmproj)
+        return cls(LlamaEngine(text, tower, params), content_format=content_format)
+
+    @property
+    def info(self) -> EngineInfo:
+        """Name, sizes, stop tokens, image limits, and notes on what was chosen."""
+        return self._engine.info
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of text; literal special tokens become their ids, nothing is added."""
+        with self._exclusive():
+            return self._engine.tokenize(text)
+
+    def render(self, prompt: str | Sequence[MessageLike], *, raw: bool = False) -> Prompt:
+        """The prompt as the model will see it.
+
+        Args:
+            prompt: A user message, or a conversation.
+            raw: Take a string as it is, without the chat template.
+
+        Raises:
+            PromptError: The template cannot render it, or the model has none.
+        """
+        if raw:
+            if not isinstance(prompt, str):
+                raise ValueError("raw: takes a string, not messages")
+            return Prompt((prompt,))
+        messages: Sequence[MessageLike] = (
+            [Message("user", prompt)] if isinstance(prompt, str) else prompt
+        )
+        template = self.info.chat_template
+        if template is None:
+            raise PromptError(
+                f"{self.info.name}: has no chat template",
+                hint="use raw=True for plain completion, or convert the checkpoint again",
+            )
+        return render_prompt(
+            parse_messages(messages), template, content_format=self._content_format
+        )
+
+    def stream(
+        self,
+        prompt: str | Sequence[MessageLike],
+        *,
+        image: ImageSource | None = None,
+        raw: bool = False,
+        **sampling: Any,
+    ) -> Generator[Chunk, None, None]:
+        """Answer, piece by piece. Closing the generator stops the work.
+
+        Args:
+            prompt: A user message, or a conversation.
+            image: A screenshot for a prompt that is a string; it comes before the text.
+            raw: Complete the string as it is, without the chat template.
+            **sampling: Fields of `SamplingParams`: max_tokens, temperature, top_p, top_k, min_p,
+                seed, frequency_penalty, presence_penalty, repeat_penalty, stop.
+
+        Returns:
+            Chunks whose texts add up to the answer; the last has finish_reason, usage and timings.
+
+        Raises:
+            ValueError, TypeError: An argument out of range or unknown.
+            PromptError, ImageError: The prompt cannot be rendered, an image cannot be used.
+            ContextFullError: The prompt does not fit n_ctx; nothing was evaluated.
+            EngineBusyError: This thread has another stream open.
+        """
+        return self._generate(self._prepare(prompt, image, raw, sampling), threading.Event())
+
+    def generate(
+        self,
+        prompt: str | Sequence[MessageLike],
+        *,
+        image: ImageSource | None = None,
+        raw: bool = False,
+        **sampling: Any,
+    ) -> Completion:
+        """Answer as a whole. Arguments and errors are those of `stream`."""
+        return collect(self.stream(prompt, image=image, raw=raw, **sampling))
+
+    async def astream(
+        self,
+        prompt: str | Sequence[MessageLike],
+        *,
+        image: ImageSource | None = None,
+        raw: bool = False,
+        **sampling: Any,
+    ) -> AsyncIterator[Chunk]:
+        """Like `stream`, without blocking the event loop; closing the iterator stops the work."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue()
+        stopped = threading.Event()
+
+        def work() -> None:
+            last: BaseException | None = None
+            try:
+                request = self._prepare(prompt, image, raw, sampling)
+                for chunk in self._generate(request, stopped):
+                    loop.call_soon_threadsafe(queue.put_nowait, chunk)
+            except BaseException as error:
+                last = error
+            loop.call_soon_threadsafe(queue.put_nowait, last)
+
+        worker = asyncio.ensure_future(asyncio.to_thread(work))
+        try:
+            while isinstance(item := await queue.get(), Chunk):
+                yield item
+            if item is not None:
+                raise item
+        finally:
+            stopped.set()
+            await asyncio.shield(worker)
+
+    def chat(self, *, system: str | None = None) -> ChatSession:
+        """Open a conversation.
+
+        Args:
+            system: The system prompt.
+        """
+        return ChatSession(self, system=system)
+
+    def act(
+        self,
+        task: str,
+        screenshot: ImageSource | None = None,
+        *,
+        system: str | None = _AUTO_SYSTEM,
+        current_app: str | None = None,
+        max_tokens: int = 512,
+        **sampling: Any,
+    ) -> Step:
+        """Choose the next action for a task, as one step of a phone agent.
+
+        Args:
+            task: What the user wants, in any language the model speaks.
+            screenshot: The phone's screen.
+            system: The system prompt; ``"auto"`` describes the action language in the task's
+                language, None leaves it out.
+            current_app: Shown to the model in the client's layout.
+            max_tokens: For thinking and action together.
+            **sampling: See `stream`; greedy by default.
+
+        Raises:
+            ActionParseError: The answer holds no valid action.
+            Exception: Everything `stream` raises.
+        """
+        messages = self._act_messages(task, screenshot, system, current_app)
+        answer = self.generate(messages, max_tokens=max_tokens, **sampling)
+        thinking, action = parse_answer(answer.text)
+        return Step(thinking, action, answer.text, answer.usage, answer.timings)
+
+    async def aact(self, task: str, screenshot: ImageSource | None = None, **options: Any) -> Step:
+        """Like `act`, without blocking the event loop; cancelling the task stops the work."""
+        system = options.pop("system", _AUTO_SYSTEM)
+        messages = self._act_messages(task, screenshot, system, options.pop("current_app", None))
+        options.setdefault("max_tokens", 512)
+        chunks = [chunk async for chunk in self.astream(messages, **options)]
+        answer = collect(chunks)
+        thinking, action = parse_answer(answer.text)
+        return Step(thinking, action, answer.text, answer.usage, answer.timings)
+
+    def cancel(self) -> None:
+        """End the answer being generated, from any thread; its last chunk says ``cancelled``."""
+        self._cancel.set()
+
+    def close(self) -> None:
+        """Free weights, KV cache and vision tower, after a running answer was cancelled."""
+        if self._closed:
+            return
+        self.cancel()
+        with self._exclusive():
+            self._closed = True
+            self._engine.close()
+
+    def __enter__(self) -> AutoGLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _act_messages(
+        self,
+        task: str,
+        screenshot: ImageSource | None,
+        system: str | None,
+        current_app: str | None,
+    ) -> list[Message]:
+        text = task
+        if current_app is not None:
+            screen = json.dumps({"current_app": current_app}, ensure_ascii=False)
+            text = f"{task}\n\n{screen}"
+        prompt = choose_system_prompt(task) if system == _AUTO_SYSTEM else system
+        messages = [] if prompt is None else [Message("system", prompt)]
+        return [*messages, _user_message(text, screenshot)]
+
+    def _prepare(
+        self,
+        prompt: str | Sequence[MessageLike],
+        image: ImageSource | None,
+        raw: bool,
+        sampling: dict[str, Any],
+    ) -> _Request:
+        if isinstance(sampling.get("stop"), str):
+            sampling = {**sampling, "stop": (sampling["stop"],)}
+        elif isinstance(sampling.get("stop"), list):
+            sampling = {**sampling, "stop": tuple(sampling["stop"])}
+        params = SamplingParams(**sampling)
+        if image is not None:
+            if not isinstance(prompt, str) or raw:
+                raise ValueError("image: goes with a prompt that is a string and not raw")
+            prompt = [_user_message(prompt, image)]
+        rendered = self.render(prompt, raw=raw)
+        pixels = tuple(self._read_pixels(source) for source in rendered.images)
+        with self._exclusive():
+            segments = tuple(tuple(self._engine.tokenize(s)) for s in rendered.segments)
+        request = _Request(segments, pixels, params)
+        n_prompt, n_ctx = request.n_prompt, self.info.n_ctx
+        if not segments[-1]:
+            raise PromptError("prompt: empty" if n_prompt == 0 else "prompt: ends with an image")
+        if n_prompt >= n_ctx:
+            raise ContextFullError(
+                f"prompt: does not fit the context ({n_prompt} tokens, n_ctx {n_ctx})",
+                n_prompt=n_prompt,
+                n_ctx=n_ctx,
+                hint="raise n_ctx, set max_image_tokens, or shorten the conversation",
+            )
+        return request
+
+    def _read_pixels(self, source: ImageSource) -> Pixels:
+        info = self.info
+        if info.vision is None:
+            reason = next((note for note in info.notes if note.startswith("images:")), "")
+            raise ImageError(
+                f"{info.name}: takes no images" + (f" ({reason})" if reason else ""),
+                hint="load the model together with its mmproj file",
+            )
+        return read_pixels(source, info.vision, max_image_tokens=info.max_image_tokens)
+
+    def _exclusive(self) -> _Turn:
+        return _Turn(self)
+
+    def _generate(
+        self, request: _Request, stopped: threading.Event
+    ) -> Generator[Chunk, None, None]:
+        with self._exclusive():
+            self._cancel = stopped
+            run = _Run(self._engine, request, stopped)
+            try:
+                yield from run.chunks()
+            finally:
+                run.close()
+
+
+class _Turn:
+    """Exclusive use of a model's engine for the duration of a ``with`` block."""
+
+    def __init__(self, model: AutoGLM) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        model = self._model
+        if model._owner == threading.get_ident():
+            raise EngineBusyError(
+                f"{model.info.name}: another stream is open in this thread",
+                hint="read it to its end or close it first",
+            )
+        model._lock.acquire()
+        if model._closed:
+            model._lock.release()
+            raise EngineError("model: closed", hint="load it again")
+        model._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._model._owner = None
+        self._model._lock.release()
+
+
+class _Run:
+    """One answer being generated."""
+
+    def __init__(self, engine: Engine, request: _Request, stopped: threading.Event) -> None:
+        self._engine, self._request, self._stopped = engine, request, stopped
+        self._text = TextStream((*request.params.stop, END_OF_ANSWER))
+        self._sampler: Sampler | None = None
+        self._timings = Timings()
+        self._n_predicted = 0
+        self._began = time.perf_counter()
+
+    def chunks(self) -> Iterator[Chunk]:
+        if not self._prefill():
+            yield self._last("", (), "cancelled")
+            return
+        self._sampler = self._engine.open_sampler(self._request.params)
+        pending: list[int] = []
+        first = time.perf_counter()
+        self._timings = replace(self._timings, ttft_ms=1000 * (first - self._began))
+        while True:
+            token = self._sampler.sample()
+            self._n_predicted += 1
+            pending.append(token)
+            self._timings = replace(
+                self._timings, predicted_ms=1000 * (time.perf_counter() - first)
+            )
+            ended = token in self._engine.info.stop_ids
+            shown = "" if ended else self._text.push(self._engine.token_bytes(token))
+            reason = self._reason(ended or self._text.stopped)
+            if reason is not None:
+                yield self._last(shown, tuple(pending), reason)
+                return
+            if shown:
+                yield Chunk(shown, tuple(pending))
+                pending.clear()
+            self._engine.eval_tokens([token])
+
+    def _reason(self, ended: bool) -> FinishReason | None:
+        if ended:
+            return "stop"
+        if self._stopped.is_set():
+            return "cancelled"
+        limit = self._request.params.max_tokens
+        used = self._request.n_prompt + self._n_predicted
+        if self._n_predicted == limit or used > self._engine.info.n_ctx:
+            return "length"
+        return None
+
+    def _prefill(self) -> bool:
+        """Evaluate the prompt; False if it was cancelled on the way."""
+        engine, step = self._engine, self._engine.n_batch
+        engine.reset()
+        image_ms = 0.0
+        for index, segment in enumerate(self._request.segments):
+            for at in range(0, len(segment), step):
+                if self._stopped.is_set():
+                    return False
+                engine.eval_tokens(segment[at : at + step])
+            if index < len(self._request.images):
+                if self._stopped.is_set():
+                    return False
+                image = self._request.images[index]
+                began = time.perf_counter()
+                embedding = engine.encode_image(image.array, image.grid)
+                image_ms += 1000 * (time.perf_counter() - began)
+                if self._stopped.is_set():
+                    return False
+                engine.eval_image(embedding)
+        total_ms = 1000 * (time.perf_counter() - self._began)
+        n_prompt = self._request.n_prompt
+        self._timings = Timings(image_ms, prompt_n=n_prompt, prompt_ms=total_ms - image_ms)
+        return True
+
+    def _last(self, shown: str, tokens: tuple[int, ...], reason: FinishReason) -> Chunk:
+        n_image = sum(image.n_tokens for image in self._request.images)
+        usage = Usage(self._request.n_prompt, self._n_predicted, n_image)
+        timings = replace(self._timings, predicted_n=self._n_predicted)
+        return Chunk(shown + self._text.finish(), tokens, reason, usage, timings)
+
+    def close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
+
+
+class ChatSession:
+    """A conversation; its turns are kept, an interrupted answer as far as it went.
+
+    Args:
+        model: Outlives the session.
+        system: The system prompt.
+    """
+
+    def __init__(self, model: AutoGLM, *, system: str | None = None) -> None:
+        self._model = model
+        self._system = system
+        self.messages: list[Message] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every turn; the system prompt stays."""
+        self.messages = [] if self._system is None else [Message("system", self._system)]
+
+    def stream(
+        self, text: str, *, image: ImageSource | None = None, **sampling: Any
+    ) -> Iterator[Chunk]:
+        """Say something and stream the answer. Arguments and errors are those of `AutoGLM.stream`.
+
+        A request that is refused leaves the conversation as it was.
+        """
+        turn = _user_message(text, image)
+        answer = self._model.stream([*self.messages, turn], **sampling)
+        return self._keep(turn, answer)
+
+    def send(self, text: str, *, image: ImageSource | None = None, **sampling: Any) -> Completion:
+        """Say something and take the answer as a whole."""
+        return collect(self.stream(text, image=image, **sampling))
+
+    def _keep(self, turn: Message, answer: Generator[Chunk, None, None]) -> Iterator[Chunk]:
+        said = ""
+        try:
+            for chunk in answer:
+                said += chunk.text
+                yield chunk
+        finally:
+            answer.close()
+            if said:
+                self.messages += [turn, Message("assistant", close_answer(said))]
+
+    def __enter__(self) -> ChatSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+
+def collect(chunks: Iterator[Chunk] | Sequence[Chunk]) -> Completion:
+    """Add a stream's chunks up."""
+    texts: list[str] = []
+    tokens: list[int] = []
+    last = Chunk("")
+    for chunk in chunks:
+        texts.append(chunk.text)
+        tokens.extend(chunk.tokens)
+        last = chunk
+    return Completion(
+        "".join(texts),
+        last.finish_reason or "cancelled",
+        tuple(tokens),
+        last.usage or Usage(),
+        last.timings or Timings(),
+    )
+
+
+def close_answer(text: str) -> str:
+    """Add the ``</answer>`` that ended a turn, as the client writes it into the history."""
+    return text + END_OF_ANSWER if "<answer>" in text and END_OF_ANSWER not in text else text
+
+
+def _user_message(text: str, image: ImageSource | None) -> Message:
+    if image is None:
+        return Message("user", text)
+    return Message("user", (ImagePart(image), TextPart(text)))

@@ -1,0 +1,157 @@
+"""Screenshots to the exact pixels transformers would feed the vision tower.
+
+RGB, stretched by Pillow's bicubic filter to multiples of 28 px. Normalisation is libmtmd's. Knows
+nothing of models beyond their image limits. Source: transformers, ``Glm4vImageProcessor``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_gguf.errors import ImageError
+from autoglm_gguf.gguf.describe import VisionLimits
+from autoglm_gguf.messages import ImageSource
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_FRAMES = 2  # transformers counts a still image as two frames
+_MAX_ASPECT = 200
+MAX_SOURCE_PIXELS = 100_000_000
+"""Larger images are refused before they are decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """An image ready for the tower."""
+
+    array: NDArray[np.uint8]
+    """``(height, width, 3)``, RGB, both sides multiples of the limits' factor."""
+    grid: tuple[int, int]
+    """``(n_columns, n_rows)`` of image tokens."""
+    source_size: tuple[int, int]
+    """``(width, height)`` in pixels of the image that was given."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Image tokens."""
+        return self.grid[0] * self.grid[1]
+
+
+def read_pixels(
+    source: ImageSource, limits: VisionLimits, *, max_image_tokens: int | None = None
+) -> Pixels:
+    """Decode and resize an image.
+
+    Args:
+        source: A path, a ``data:`` URL, an encoded file's bytes, or a Pillow image.
+        limits: The model's.
+        max_image_tokens: A lower bound than the model's own.
+
+    Raises:
+        ImageError: No image, too many pixels, or an aspect ratio over 200.
+    """
+    image = open_image(source)
+    width, height = fit_size(image.width, image.height, limits, max_image_tokens)
+    from PIL import Image as PILImage
+
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), PILImage.Resampling.BICUBIC)
+    grid = (width // limits.factor, height // limits.factor)
+    return Pixels(np.asarray(rgb, np.uint8), grid, image.size)
+
+
+def fit_size(
+    width: int, height: int, limits: VisionLimits, max_image_tokens: int | None = None
+) -> tuple[int, int]:
+    """Pixels ``(width, height)`` at which an image is shown to the tower.
+
+    Both are multiples of ``limits.factor``; the area stays within the limits as transformers'
+    ``smart_resize`` keeps it, and within ``max_image_tokens``.
+
+    Raises:
+        ImageError: One side is more than 200 times the other.
+    """
+    factor, high = limits.factor, limits.max_pixels
+    if max_image_tokens is not None:
+        high = min(high, max_image_tokens * factor * factor * _FRAMES)
+    if min(width, height) < factor:
+        scale = max(factor / width, factor / height)
+        width, height = int(width * scale), int(height * scale)
+    if max(width, height) > _MAX_ASPECT * min(width, height):
+        raise ImageError(f"image: aspect ratio over {_MAX_ASPECT} ({width}x{height} px)")
+    fitted = (round(width / factor) * factor, round(height / factor) * factor)
+    area = _FRAMES * width * height
+    if _FRAMES * fitted[0] * fitted[1] > high:
+        shrink = math.sqrt(area / high)
+        return (
+            max(factor, math.floor(width / shrink / factor) * factor),
+            max(factor, math.floor(height / shrink / factor) * factor),
+        )
+    if _FRAMES * fitted[0] * fitted[1] < limits.min_pixels:
+        grow = math.sqrt(limits.min_pixels / area)
+        return (
+            math.ceil(width * grow / factor) * factor,
+            math.ceil(height * grow / factor) * factor,
+        )
+    return fitted
+
+
+def open_image(source: ImageSource) -> Image:
+    """Open an image and decode it.
+
+    Raises:
+        ImageError: See `read_pixels`.
+    """
+    from PIL import Image as PILImage
+
+    if isinstance(source, PILImage.Image):
+        return source
+    label, data = _read_source(source)
+    try:
+        image = PILImage.open(io.BytesIO(data))
+        if image.width * image.height > MAX_SOURCE_PIXELS:
+            raise ImageError(
+                f"{label}: too large ({image.width}x{image.height} px, at most "
+                f"{MAX_SOURCE_PIXELS} pixels)",
+                hint="give a screenshot, not a poster",
+            )
+        image.load()
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+        raise ImageError(
+            f"{label}: not an image that can be read ({error})", hint="give a PNG or JPEG file"
+        ) from error
+    return image
+
+
+def _read_source(source: str | os.PathLike[str] | bytes) -> tuple[str, bytes]:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return "image", bytes(source)
+    if isinstance(source, str) and source.startswith("data:"):
+        head, _, body = source.partition(",")
+        try:
+            return "image", base64.b64decode(body, validate=True) if ";base64" in head else b""
+        except binascii.Error as error:
+            raise ImageError(f"image: its data URL is not base64 ({error})") from error
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise ImageError("image: web addresses are not fetched", hint="download the image first")
+    path = Path(source)
+    try:
+        return path.name, path.read_bytes()
+    except OSError as error:
+        raise ImageError(
+            f"{path}: image cannot be read ({error.strerror})", hint="check the path"
+        ) from error

@@ -1,0 +1,360 @@
+"""Small random checkpoints in the published layout, written without torch.
+
+The shapes are chosen by the test; the weights are seeded noise, scaled so that activations stay of
+order one. `build_checkpoint` gives everything `convert` needs.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoglm_gguf.checkpoint.tokenizer import GLM4_PATTERN
+
+SPECIALS = (
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|image|>",
+    "<|video|>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+)
+TAGS = SPECIALS[-4:]
+EOS = ("<|endoftext|>", "<|user|>", "<|observation|>", "</answer>")
+TEMPLATE = (
+    "{{- '[gMASK]<sop>' -}}"
+    "{%- for m in messages -%}{{ '<|' ~ m.role ~ '|>\n' }}"
+    "{%- if m.content is string -%}{{ m.content }}{%- else -%}"
+    "{%- for part in m.content -%}"
+    "{%- if part.type == 'image' -%}<|begin_of_image|><|image|><|end_of_image|>"
+    "{%- else -%}{{ part.text }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>\n' }}{%- endif -%}"
+)
+
+
+@dataclass
+class Shape:
+    """A checkpoint's sizes and style; the defaults are as small as q4_0 and q8_0 allow."""
+
+    hidden_size: int = 64
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 16
+    intermediate_size: int = 96
+    tied: bool = False
+    rope_style: str = "rope_scaling"
+    """rope_scaling (published), rope_parameters (transformers 5) or flat."""
+    mrope_section: tuple[int, int, int] = (1, 1, 2)
+    rope_theta: float = 10000.0
+    vision_depth: int = 2
+    vision_hidden: int = 64
+    vision_heads: int = 4
+    image_size: int = 112
+    merger_width: int = 96
+    max_pixels: int = 5_000_000
+    prefixes: tuple[str, str] = ("model.language_model.", "model.visual.")
+    dtype: str = "BF16"
+    n_shards: int = 2
+    seed: int = 1
+    eos: tuple[str, ...] = EOS
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Merged into config.json's top level."""
+
+
+def byte_symbols() -> dict[int, str]:
+    """GPT-2's printable stand-ins for the 256 bytes."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {byte: chr(byte) for byte in visible}
+    hidden = [byte for byte in range(256) if byte not in table]
+    return {**table, **{byte: chr(256 + n) for n, byte in enumerate(hidden)}}
+
+
+def tokenizer_json() -> dict[str, Any]:
+    """A byte-level BPE with GLM-4's pattern, a few merges and the special tokens."""
+    symbols = byte_symbols()
+    vocab = {symbols[byte]: byte for byte in range(256)}
+    merges = []
+    for left, right in [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("i", "n"), ("Ġ", "t")]:
+        merges.append([left, right])
+        vocab[left + right] = len(vocab)
+    added = [
+        {
+            "id": len(vocab) + n,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": token not in TAGS,
+        }
+        for n, token in enumerate(SPECIALS)
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": GLM4_PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split, {**byte_level, "use_regex": False}],
+        },
+        "post_processor": None,
+        "decoder": {**byte_level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+
+
+def token_ids() -> dict[str, int]:
+    """Every token of `tokenizer_json` and its id."""
+    raw = tokenizer_json()
+    return {**raw["model"]["vocab"], **{t["content"]: t["id"] for t in raw["added_tokens"]}}
+
+
+def vocab_size() -> int:
+    """Rounded up to a multiple of 32: some ids have no token, as in the published models."""
+    return -(-len(token_ids()) // 32) * 32
+
+
+def config_json(shape: Shape) -> dict[str, Any]:
+    """``config.json`` in one of the three rope styles."""
+    ids = token_ids()
+    rope: dict[str, Any] = {"rope_type": "default", "mrope_section": list(shape.mrope_section)}
+    theta = {"rope_theta": shape.rope_theta, "partial_rotary_factor": 0.5}
+    text: dict[str, Any] = {
+        "model_type": "glm4v_text",
+        "vocab_size": vocab_size(),
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.n_layers,
+        "num_attention_heads": shape.n_heads,
+        "num_key_value_heads": shape.n_kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate_size,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "hidden_act": "silu",
+        "pad_token_id": ids["<|endoftext|>"],
+        "tie_word_embeddings": shape.tied,
+    }
+    if shape.rope_style == "rope_parameters":
+        text["rope_parameters"] = {**rope, **theta}
+    elif shape.rope_style == "rope_scaling":
+        text |= {"rope_scaling": rope, **theta}
+    else:
+        text |= {"mrope_section": list(shape.mrope_section), **theta}
+    return {
+        "architectures": ["Glm4vForConditionalGeneration"],
+        "model_type": "glm4v",
+        "tie_word_embeddings": shape.tied,
+        "image_start_token_id": ids["<|begin_of_image|>"],
+        "image_end_token_id": ids["<|end_of_image|>"],
+        "video_start_token_id": ids["<|begin_of_video|>"],
+        "video_end_token_id": ids["<|end_of_video|>"],
+        "image_token_id": ids["<|image|>"],
+        "video_token_id": ids["<|video|>"],
+        "text_config": text,
+        "vision_config": {
+            "model_type": "glm4v_vision",
+            "depth": shape.vision_depth,
+            "hidden_size": shape.vision_hidden,
+            "num_heads": shape.vision_heads,
+            "image_size": shape.image_size,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "in_channels": 3,
+            "out_hidden_size": shape.hidden_size,
+            "intermediate_size": shape.merger_width,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "attention_bias": False,
+        },
+        **shape.extra,
+    }
+
+
+def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the published layout."""
+    text, vision = shape.prefixes
+    width, inner = shape.hidden_size, shape.intermediate_size
+    q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    table: dict[str, tuple[int, ...]] = {f"{text}embed_tokens.weight": (vocab_size(), width)}
+    for n in range(shape.n_layers):
+        layer = f"{text}layers.{n}."
+        for norm in (
+            "input_layernorm",
+            "post_self_attn_layernorm",
+            "post_attention_layernorm",
+            "post_mlp_layernorm",
+        ):
+            table[f"{layer}{norm}.weight"] = (width,)
+        for letter, rows in (("q", q), ("k", kv), ("v", kv)):
+            table[f"{layer}self_attn.{letter}_proj.weight"] = (rows, width)
+            table[f"{layer}self_attn.{letter}_proj.bias"] = (rows,)
+        table[f"{layer}self_attn.o_proj.weight"] = (width, q)
+        table[f"{layer}mlp.gate_up_proj.weight"] = (2 * inner, width)
+        table[f"{layer}mlp.down_proj.weight"] = (width, inner)
+    table[f"{text}norm.weight"] = (width,)
+    if not shape.tied:
+        table["lm_head.weight"] = (vocab_size(), width)
+    eye = shape.vision_hidden
+    table[f"{vision}patch_embed.proj.weight"] = (eye, 3, 2, 14, 14)
+    table[f"{vision}patch_embed.proj.bias"] = (eye,)
+    positions = (shape.image_size // 14) ** 2
+    table[f"{vision}embeddings.position_embedding.weight"] = (positions, eye)
+    table[f"{vision}post_conv_layernorm.weight"] = (eye,)
+    for n in range(shape.vision_depth):
+        block = f"{vision}blocks.{n}."
+        table[f"{block}norm1.weight"] = table[f"{block}norm2.weight"] = (eye,)
+        table[f"{block}attn.qkv.weight"] = (3 * eye, eye)
+        table[f"{block}attn.proj.weight"] = (eye, eye)
+        table[f"{block}mlp.gate_proj.weight"] = (width, eye)
+        table[f"{block}mlp.up_proj.weight"] = (width, eye)
+        table[f"{block}mlp.down_proj.weight"] = (eye, width)
+    table[f"{vision}post_layernorm.weight"] = (eye,)
+    table[f"{vision}downsample.weight"] = (width, eye, 2, 2)
+    table[f"{vision}downsample.bias"] = (width,)
+    merger, wide = f"{vision}merger.", shape.merger_width
+    table[f"{merger}proj.weight"] = (width, width)
+    table[f"{merger}post_projection_norm.weight"] = (width,)
+    table[f"{merger}post_projection_norm.bias"] = (width,)
+    table[f"{merger}gate_proj.weight"] = table[f"{merger}up_proj.weight"] = (wide, width)
+    table[f"{merger}down_proj.weight"] = (width, wide)
+    return table
+
+
+def random_tensors(shape: Shape) -> dict[str, np.ndarray]:
+    """f32 weights by name, seeded; rounded to bf16 so that every dtype holds them exactly."""
+    rng = np.random.default_rng(shape.seed)
+    tensors = {}
+    for name, sides in tensor_shapes(shape).items():
+        values = rng.standard_normal(sides, np.float32)
+        if len(sides) == 1:
+            values = values * 0.1 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        else:
+            values /= np.sqrt(np.prod(sides[1:]), dtype=np.float32)
+            if "embed" in name:
+                values *= np.sqrt(sides[1], dtype=np.float32) * 0.5
+        words = values.astype(np.float32).view(np.uint32)
+        tensors[name] = ((words >> 16) << 16).view(np.float32)
+    return tensors
+
+
+def encode(values: np.ndarray, dtype: str) -> bytes:
+    """f32 values as safetensors stores ``dtype``."""
+    if dtype == "BF16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return values.astype({"F32": np.float32, "F16": np.float16}[dtype]).tobytes()
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str = "BF16") -> None:
+    """One shard."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    blobs, at = [], 0
+    for name, values in tensors.items():
+        blob = encode(values, dtype)
+        offsets = [at, at + len(blob)]
+        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": offsets}
+        blobs.append(blob)
+        at += len(blob)
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + b"".join(blobs))
+
+
+def build_checkpoint(directory: Path, shape: Shape | None = None) -> Path:
+    """Write a whole checkpoint; returns the directory."""
+    shape = shape or Shape()
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = token_ids()
+    write_json(directory / "config.json", config_json(shape))
+    eos = [ids[token] for token in shape.eos]
+    write_json(
+        directory / "generation_config.json",
+        {"eos_token_id": eos, "pad_token_id": ids["<|endoftext|>"]},
+    )
+    write_json(directory / "tokenizer.json", tokenizer_json())
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+        },
+    )
+    write_json(
+        directory / "preprocessor_config.json",
+        {
+            "image_processor_type": "Glm4vImageProcessor",
+            "size": {"shortest_edge": 12544, "longest_edge": shape.max_pixels},
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+        },
+    )
+    (directory / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
+    tensors = list(random_tensors(shape).items())
+    weight_map = {}
+    for n in range(shape.n_shards):
+        part = dict(tensors[n :: shape.n_shards])
+        name = f"model-{n + 1:05d}-of-{shape.n_shards:05d}.safetensors"
+        write_safetensors(directory / name, part, shape.dtype)
+        weight_map |= dict.fromkeys(part, name)
+    write_json(
+        directory / "model.safetensors.index.json",
+        {"metadata": {"total_size": 0}, "weight_map": weight_map},
+    )
+    return directory
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file."""
+    path.write_text(json.dumps(value), "utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value."""
+    return json.loads(path.read_text("utf-8"))

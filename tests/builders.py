@@ -95,7 +95,14 @@ def tokenizer_json() -> dict[str, Any]:
     symbols = byte_symbols()
     vocab = {symbols[byte]: byte for byte in range(256)}
     merges = []
-    for left, right in [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("i", "n"), ("Ġ", "t")]:
+    for left, right in [
+        ("h", "e"),
+        ("l", "l"),
+        ("he", "ll"),
+        ("hell", "o"),
+        ("i", "n"),
+        ("Ġ", "t"),
+    ]:
         merges.append([left, right])
         vocab[left + right] = len(vocab)
     added = [
@@ -358,3 +365,125 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """A JSON file's value."""
     return json.loads(path.read_text("utf-8"))
+
+
+def pack_string(text: str | bytes) -> bytes:
+    """A GGUF string: length and bytes."""
+    raw = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def pack_value(value: Any) -> bytes:
+    """A GGUF value with its type: u32 where it fits, u64 above, i32 below zero, f32, text, list."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        if value < 0:
+            return struct.pack("<Ii", 5, value)
+        return struct.pack("<II", 4, value) if value < 2**32 else struct.pack("<IQ", 10, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str | bytes):
+        return struct.pack("<I", 8) + pack_string(value)
+    items = [pack_value(item) for item in value]
+    kind = items[0][:4] if items else struct.pack("<I", 4)
+    return (
+        struct.pack("<I", 9)
+        + kind
+        + struct.pack("<Q", len(items))
+        + b"".join(item[4:] for item in items)
+    )
+
+
+def pack_gguf(
+    metadata: dict[str, Any],
+    tensors: dict[str, tuple[tuple[int, ...], int, bytes]] | None = None,
+    *,
+    version: int = 3,
+) -> bytes:
+    """A GGUF file, written from the format's description and from nothing else.
+
+    Args:
+        metadata: See `pack_value`.
+        tensors: Name to ``(shape, ggml type, data)``; the shape's first side is the row length.
+        version: 2 and 3 have the same layout.
+    """
+    tensors = tensors or {}
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
+    head += b"".join(pack_string(key) + pack_value(value) for key, value in metadata.items())
+    data = b""
+    for name, (shape, kind, blob) in tensors.items():
+        head += pack_string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        head += struct.pack("<IQ", kind, len(data))
+        data += blob + bytes(-len(blob) % 32)
+    return head + bytes(-len(head) % 32) + data
+
+
+TEXT_METADATA: dict[str, Any] = {
+    "general.architecture": "glm4",
+    "general.name": "small",
+    "glm4.embedding_length": 64,
+    "glm4.block_count": 2,
+    "glm4.context_length": 4096,
+    "tokenizer.ggml.tokens": ["a", "b", *SPECIALS],
+}
+MMPROJ_METADATA: dict[str, Any] = {
+    "general.architecture": "clip",
+    "general.type": "mmproj",
+    "clip.projector_type": "glm4v",
+    "clip.vision.projection_dim": 64,
+    "clip.vision.patch_size": 14,
+}
+
+
+TOWER_TENSORS = (
+    "v.patch_embd.weight",
+    "v.patch_embd.weight.1",
+    "v.patch_embd.bias",
+    "v.position_embd.weight",
+    "v.blk.0.attn_qkv.weight",
+    "v.post_ln.weight",
+    "mm.patch_merger.weight",
+    "mm.patch_merger.bias",
+    "mm.model.fc.weight",
+    "mm.down.weight",
+)
+
+
+def write_gguf(path: Path, metadata: dict[str, Any], **changes: Any) -> Path:
+    """A GGUF with a mmproj's tensor names; the tensors are too small to be run.
+
+    Args:
+        path: The file.
+        metadata: `TEXT_METADATA` or `MMPROJ_METADATA`.
+        **changes: Keys to replace, ``__`` for a dot; None drops one.
+    """
+    merged = metadata | {key.replace("__", "."): value for key, value in changes.items()}
+    kept = {key: value for key, value in merged.items() if value is not None}
+    path.write_bytes(pack_gguf(kept, dict.fromkeys(TOWER_TENSORS, ((4,), 0, bytes(16)))))
+    return path
+
+
+def rewrite_gguf(source: Path, target: Path, *, drop: tuple[str, ...] = (), **changed: Any) -> Path:
+    """Copy a GGUF without the keys in ``drop`` (prefixes) and with ``changed`` ones.
+
+    In keyword names ``__`` stands for the dot of a GGUF key.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    values = {key.replace("__", "."): value for key, value in changed.items()}
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for key, entry in reader.fields.items():
+        if key.startswith(("GGUF.", "general.architecture", *drop)):
+            continue
+        sub_type = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
+        value = values.get(key, entry.contents())
+        writer.add_key_value(key, value, entry.types[0], sub_type=sub_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

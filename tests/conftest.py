@@ -14,6 +14,20 @@ TINY = ROOT / "models" / "autoglm-tiny"
 _NEEDS = {"native": ("llama_cpp",), "reference": ("llama_cpp", "torch", "transformers")}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--max-skips", type=int, help="fail when more tests than this are skipped")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """CI allows no skips: a missing requirement must not turn into silence."""
+    allowed = session.config.getoption("--max-skips")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = len(reporter.stats.get("skipped", [])) if reporter else 0
+    if allowed is not None and skipped > allowed and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\n{skipped} tests were skipped, {allowed} allowed")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this installation cannot run, and say what is missing."""
     missing = {

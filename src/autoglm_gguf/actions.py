@@ -33,7 +33,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "Wait": (("duration",), ()),
 }
 _POINTS = ("element", "start", "end")
-_THINKING = re.compile(r"\s*(?:<think>)?(.*?)(?:</think>)?\s*(?:<answer>)?\s*$", re.DOTALL)
+_CALL = re.compile(r"(?<![A-Za-z0-9_])(?:(finish)|do)\(\s*\w+\s*=")
 _NEXT = re.compile(r'\s*,?\s*(\w+)\s*=\s*(?=["\'\[])')
 _POINT = re.compile(r"\[\s*(-?\d+(?:\.\d+)?)\s*,\s*(-?\d+(?:\.\d+)?)\s*\]")
 
@@ -104,16 +104,19 @@ def parse_answer(text: str) -> tuple[str, Action]:
     Raises:
         ActionParseError: No action, an unknown one, or arguments missing or out of range.
     """
-    body = text.removesuffix("</answer>").strip()
-    # A finish text may mention do(...) and the other way round; the first call outside the
-    # thinking is the action.
-    after = max(body.rfind("</think>"), body.rfind("<answer>"), 0)
-    starts = [at for at in (body.find("do(", after), body.find("finish(", after)) if at >= 0]
-    if not starts:
+    body = text.strip().removesuffix("</answer>").strip()
+    after = body.find("</think>")
+    if after < 0:
+        after = body.find("<answer>")
+    calls = list(_CALL.finditer(body, max(0, after))) or list(_CALL.finditer(body))
+    if not calls:
         raise _no_action("no do(...) or finish(...) in the answer", text)
-    start = min(starts)
-    match = _THINKING.match(body[:start])
-    thinking = match.group(1).strip() if match else ""
+    # A finish text may mention do(...) and the other way round: the first call after the thinking
+    # counts. Where no tag ends the thinking, finish(...) goes first, as in the client.
+    finishes = [call for call in calls if after < 0 and call.group(1)]
+    start = (finishes or calls)[0].start()
+    head = body[:start].strip().removesuffix("<answer>").rstrip().removesuffix("</think>")
+    thinking = head.removeprefix("<think>").strip()
     return thinking, parse_action(body[start:], whole=text)
 
 
@@ -149,7 +152,7 @@ def parse_action(text: str, *, whole: str | None = None) -> Action:
 
 
 def _parse_arguments(rest: str, source: str) -> dict[str, Argument]:
-    """Read ``name=value, name=value)``; a string ends at the last quote that an argument follows."""
+    """Read ``name=value, name=value)``; strings end where an argument or ``)`` follows."""
     arguments: dict[str, Argument] = {}
     at = 0
     while match := _NEXT.match(rest, at):
@@ -177,7 +180,10 @@ def _string_end(rest: str, at: int) -> int:
     """Index of the quote that closes the string opened at ``at``; quotes inside text are common."""
     quote, end = rest[at], at
     while (end := rest.find(quote, end + 1)) >= 0:
-        if rest[end - 1] == "\\" and rest[end - 2 : end] != "\\\\":
+        first = end
+        while rest[first - 1] == "\\":
+            first -= 1
+        if (end - first) % 2:  # an odd number of backslashes escapes the quote
             continue
         tail = rest[end + 1 :].lstrip()
         if tail.startswith(")") or _NEXT.match("," + tail.removeprefix(",")):
@@ -189,16 +195,18 @@ def _string_end(rest: str, at: int) -> int:
 
 def _unquote(raw: str) -> str:
     try:
-        return str(json.loads(f'"{raw}"'))
+        value = str(json.loads(f'"{raw}"', strict=False))  # takes line breaks as they are
+        value.encode()  # half a surrogate pair is no text
+        return value
     except ValueError:
-        return raw  # bare quotes and line breaks inside: taken as written
+        return raw  # bare quotes or stray backslashes inside: taken as written
 
 
 def _point(match: re.Match[str], source: str) -> tuple[int, int]:
-    x, y = (round(float(group)) for group in match.groups())
-    if not (0 <= x <= COORDINATE_MAX and 0 <= y <= COORDINATE_MAX):
-        raise _no_action(f"point [{x},{y}] outside 0..{COORDINATE_MAX}", source)
-    return x, y
+    x, y = map(float, match.groups())
+    if not (-0.5 <= x < COORDINATE_MAX + 0.5 and -0.5 <= y < COORDINATE_MAX + 0.5):
+        raise _no_action(f"point {match.group()} outside 0..{COORDINATE_MAX}", source)
+    return round(x), round(y)
 
 
 def _render_value(value: Argument) -> str:
@@ -212,5 +220,5 @@ def _no_action(what: str, text: str) -> ActionParseError:
     return ActionParseError(
         f"answer: {what} (answer {shown!r})",
         text=text,
-        hint="the model did not answer in the action language; try a larger outtype or a system prompt",
+        hint="not the action language; try a larger outtype, or a system prompt that describes it",
     )

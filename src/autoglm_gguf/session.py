@@ -11,7 +11,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -96,6 +97,7 @@ class AutoGLM:
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._cancel = threading.Event()
+        self._open_stream: Callable[[], Generator[Chunk, None, None] | None] = lambda: None
         self._closed = False
 
     @classmethod
@@ -193,7 +195,7 @@ class AutoGLM:
             ContextFullError: The prompt does not fit n_ctx; nothing was evaluated.
             EngineBusyError: This thread has another stream open.
         """
-        return self._generate(self._prepare(prompt, image, raw, sampling), threading.Event())
+        return self._open(self._prepare(prompt, image, raw, sampling), threading.Event())
 
     def generate(
         self,
@@ -223,7 +225,7 @@ class AutoGLM:
             last: BaseException | None = None
             try:
                 request = self._prepare(prompt, image, raw, sampling)
-                for chunk in self._generate(request, stopped):
+                for chunk in self._open(request, stopped):
                     loop.call_soon_threadsafe(queue.put_nowait, chunk)
             except BaseException as error:
                 last = error
@@ -292,10 +294,14 @@ class AutoGLM:
         self._cancel.set()
 
     def close(self) -> None:
-        """Free weights, KV cache and vision tower, after a running answer was cancelled."""
+        """Free weights, KV cache and vision tower; a stream that is still open is closed first."""
         if self._closed:
             return
         self.cancel()
+        if self._owner == threading.get_ident():
+            stream = self._open_stream()
+            if stream is not None:
+                stream.close()
         with self._exclusive():
             self._closed = True
             self._engine.close()
@@ -372,11 +378,20 @@ class AutoGLM:
     def _exclusive(self) -> _Turn:
         return _Turn(self)
 
+    def _open(self, request: _Request, stopped: threading.Event) -> Generator[Chunk, None, None]:
+        slot: list[weakref.ref[Generator[Chunk, None, None]]] = []
+        stream = self._generate(request, stopped, slot)
+        slot.append(weakref.ref(stream))  # weak: dropping the stream must close it at once
+        return stream
+
     def _generate(
-        self, request: _Request, stopped: threading.Event
+        self,
+        request: _Request,
+        stopped: threading.Event,
+        slot: list[weakref.ref[Generator[Chunk, None, None]]],
     ) -> Generator[Chunk, None, None]:
         with self._exclusive():
-            self._cancel = stopped
+            self._cancel, self._open_stream = stopped, slot[0]
             run = _Run(self._engine, request, stopped)
             try:
                 yield from run.chunks()
@@ -417,6 +432,7 @@ class _Run:
         self._sampler: Sampler | None = None
         self._timings = Timings()
         self._n_predicted = 0
+        self._predicted_ms = self._ttft_ms = 0.0
         self._began = time.perf_counter()
 
     def chunks(self) -> Iterator[Chunk]:
@@ -425,15 +441,14 @@ class _Run:
             return
         self._sampler = self._engine.open_sampler(self._request.params)
         pending: list[int] = []
-        first = time.perf_counter()
-        self._timings = replace(self._timings, ttft_ms=1000 * (first - self._began))
+        first = 0.0
         while True:
             token = self._sampler.sample()
             self._n_predicted += 1
             pending.append(token)
-            self._timings = replace(
-                self._timings, predicted_ms=1000 * (time.perf_counter() - first)
-            )
+            now = time.perf_counter()
+            first = first or now
+            self._predicted_ms, self._ttft_ms = 1000 * (now - first), 1000 * (first - self._began)
             ended = token in self._engine.info.stop_ids
             shown = "" if ended else self._text.push(self._engine.token_bytes(token))
             reason = self._reason(ended or self._text.stopped)
@@ -484,7 +499,12 @@ class _Run:
     def _last(self, shown: str, tokens: tuple[int, ...], reason: FinishReason) -> Chunk:
         n_image = sum(image.n_tokens for image in self._request.images)
         usage = Usage(self._request.n_prompt, self._n_predicted, n_image)
-        timings = replace(self._timings, predicted_n=self._n_predicted)
+        timings = replace(
+            self._timings,
+            predicted_n=self._n_predicted,
+            predicted_ms=self._predicted_ms,
+            ttft_ms=self._ttft_ms,
+        )
         return Chunk(shown + self._text.finish(), tokens, reason, usage, timings)
 
     def close(self) -> None:

@@ -40,10 +40,12 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += text
-        cut = min((at for at in map(self._held.find, self._stop) if at >= 0), default=-1)
-        if cut >= 0:
+        # The stop that is complete first ends the answer, so that tokens of one character and of
+        # many give the same text; of two that end together, the longer.
+        met = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
+        if met:
             self.stopped = True
-            shown, self._held = self._held[:cut], ""
+            shown, self._held = self._held[: min(met)[1]], ""
             return shown
         keep = 0 if final else self._n_ambiguous()
         split = len(self._held) - keep

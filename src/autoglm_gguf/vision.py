@@ -65,11 +65,21 @@ def read_pixels(
     width, height = fit_size(image.width, image.height, limits, max_image_tokens)
     from PIL import Image as PILImage
 
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    rgb = _to_rgb(image)
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), PILImage.Resampling.BICUBIC)
     grid = (width // limits.factor, height // limits.factor)
     return Pixels(np.asarray(rgb, np.uint8), grid, image.size)
+
+
+def _to_rgb(image: Image) -> Image:
+    """RGB; whatever is transparent shows white, as transformers composites it."""
+    from PIL import Image as PILImage
+
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        white = PILImage.new("RGBA", image.size, (255, 255, 255, 255))
+        image = PILImage.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit_size(

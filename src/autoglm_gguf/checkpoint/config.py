@@ -1,8 +1,8 @@
 """``config.json`` and its neighbours, as checked values in one shape whatever their age.
 
 RoPE keys live in three places by age: top level of ``text_config``, inside ``rope_scaling``, or
-inside ``rope_parameters`` (transformers 5); all three are read. Covers Glm4vForConditionalGeneration
-(AutoGLM-Phone-9B, GLM-4.1V); other members of the family are refused by name.
+inside ``rope_parameters`` (transformers 5); all three are read. Covers
+Glm4vForConditionalGeneration (AutoGLM-Phone-9B, GLM-4.1V); others are refused by name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ ARCHITECTURES = ("Glm4vForConditionalGeneration",)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_SIDE = 2**24
+_MAX_PIXELS = 2**28
 _MAX_JSON_BYTES = 256 * 2**20
 _ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section", "rope_type", "type")
 
@@ -115,8 +116,8 @@ class VisionConfig(_Config):
 class ImageLimits(_Config):
     """``preprocessor_config.json``: how screenshots become pixels."""
 
-    min_pixels: int = Field(default=12_544, gt=0)
-    max_pixels: int = Field(default=47_040_000, gt=0)
+    min_pixels: int = Field(default=12_544, gt=0, le=_MAX_PIXELS)
+    max_pixels: int = Field(default=47_040_000, gt=0, le=_MAX_PIXELS)
     """Two frames of width times height, as transformers counts."""
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
@@ -177,9 +178,11 @@ def read_config(directory: Path) -> ModelConfig:
         )
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "text_config or vision_config"
+        is_image = error.title == ImageLimits.__name__
+        file = "preprocessor_config.json" if is_image else "config.json"
+        place = ".".join(str(part) for part in first["loc"]) or error.title
         raise CheckpointError(
-            f"config.json: {place}: {first['msg']} (found {_short(first.get('input'))})",
+            f"{file}: {place}: {first['msg']} (found {_short(first.get('input'))})",
             hint="download the checkpoint again, or compare its config with the published one",
         ) from None
     if config.vision.out_hidden_size != config.text.hidden_size:

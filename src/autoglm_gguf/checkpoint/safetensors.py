@@ -11,6 +11,7 @@ import json
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -101,9 +102,9 @@ class Shards:
         try:
             size = path.stat().st_size
             file = path.open("rb")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise CheckpointError(
-                f"{path.name}: missing shard ({error.strerror})",
+                f"{path.name}: missing shard ({getattr(error, 'strerror', None) or error})",
                 hint="download the checkpoint completely",
             ) from error
         with file:
@@ -147,7 +148,7 @@ class Shards:
             )
             self.tensors[name] = LazyTensor(name, shape, ggml_type, array.reshape(shape))
         spans.sort()
-        for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, end, name), (begin, _, other) in pairwise(spans):
             if begin < end:
                 raise _broken(path, f"tensors {name!r} and {other!r} overlap")
 

@@ -66,12 +66,14 @@ def read_vocabulary(directory: Path, config: ModelConfig) -> Vocabulary:
             raise CheckpointError(
                 f"generation_config.json: eos_token_id {eos} is no token (vocabulary of {size})"
             )
+    merges, template = _merges(model.get("merges")), _read_template(directory)
+    _check_encodable([*ids, *merges, template or ""])
     return Vocabulary(
         pre=_PRE_BY_IGNORE_MERGES[bool(model.get("ignore_merges"))],
         tokens=tuple(t if t is not None else f"[PAD{i}]" for i, t in enumerate(tokens)),
         token_types=tuple(types),
-        merges=_merges(model.get("merges")),
-        chat_template=_read_template(directory),
+        merges=merges,
+        chat_template=template,
         ids=ids,
     )
 
@@ -119,11 +121,23 @@ def _merges(merges: Any) -> tuple[str, ...]:
         raise CheckpointError("tokenizer.json: no merges")
     result = []
     for merge in merges:
-        text = " ".join(merge) if isinstance(merge, list) and len(merge) == 2 else merge
+        text = merge
+        if isinstance(merge, list) and all(isinstance(piece, str) for piece in merge):
+            text = " ".join(merge)
         if not isinstance(text, str) or text.count(" ") != 1:
             raise CheckpointError(f"tokenizer.json: broken merge {merge!r}")
         result.append(text)
     return tuple(result)
+
+
+def _check_encodable(texts: list[str]) -> None:
+    """JSON can hold half a surrogate pair; GGUF's UTF-8 cannot."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"tokenizer.json: a token, merge or template is no text ({error.reason})"
+        ) from error
 
 
 def _read_template(directory: Path) -> str | None:

@@ -23,7 +23,8 @@ HELP = """/image PATH   show an image with the next message
 /show         print the conversation so far
 /help         this list
 /exit         leave (also Ctrl-D)
-A line that ends with \\ goes on in the next one; \"\"\" alone on a line opens and closes a longer text.
+A line that ends with \\ goes on in the next one.
+\"\"\" alone on a line opens and closes a longer text.
 Ctrl-C stops an answer and keeps what was said."""
 
 

@@ -36,10 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done, 1 our error, 2 usage, 130 interrupted.
     """
     parsed = build_parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if parsed.verbose else logging.CRITICAL,
-        format="%(name)s: %(message)s",
-    )
+    logging.basicConfig(format="%(name)s: %(message)s")  # warnings and worse, to stderr
+    level = logging.DEBUG if parsed.verbose else logging.CRITICAL
+    logging.getLogger("autoglm_gguf.llama_cpp").setLevel(level)
     try:
         parsed.run(parsed)
     except BaseException as error:

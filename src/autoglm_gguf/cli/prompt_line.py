@@ -1,4 +1,4 @@
-"""Reads what a person types: prompt_toolkit with history where there is a terminal, lines otherwise.
+"""Reads what a person types: prompt_toolkit with history in a terminal, plain lines otherwise.
 
 One rule for both: a trailing backslash continues, a line of three quotes opens and closes a block.
 """

@@ -1,8 +1,8 @@
 """The keys of both GGUF files, written with gguf-py's writer. No tensor data passes here.
 
-Stop tokens: llama.cpp takes one eos, one eot and one eom id and finds ``<|endoftext|>`` by its text,
-so ``</answer>``, ``<|user|>`` and ``<|observation|>`` go there and stock programs stop at all four;
-the whole list is kept in a key of our own.
+Stop tokens: llama.cpp takes one eos, one eot and one eom id and finds ``<|endoftext|>`` by its
+text, so ``</answer>``, ``<|user|>`` and ``<|observation|>`` go there and stock programs stop at all
+four; the whole list is kept in a key of our own.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, config: ModelConfig, vocabulary: Vo
         writer.add_uint32(key, token_id)
     if config.eos_token_ids:
         writer.add_array(names.EOS_IDS, list(config.eos_token_ids))
+    writer.add_add_bos_token(False)  # the template writes [gMASK]<sop> itself
     padding = vocabulary.ids.get("<|endoftext|>")
     if padding is not None:
         writer.add_pad_token_id(padding)

@@ -58,7 +58,7 @@ def convert(
         on_progress: Told after every block.
 
     Returns:
-        The final paths, named as llama.cpp names them: ``NAME-Q8_0.gguf``, ``mmproj-NAME-Q8_0.gguf``.
+        The final paths, in llama.cpp's manner: ``NAME-Q8_0.gguf``, ``mmproj-NAME-Q8_0.gguf``.
 
     Raises:
         ValueError: Unknown outtype.
@@ -159,7 +159,7 @@ def _prepare_outdir(outdir: Path, n_bytes: int) -> Path:
     required = n_bytes + _HEADER_ROOM_BYTES
     if free < required:
         raise ConversionError(
-            f"{outdir}: disk too small ({format_bytes(free)} free, {format_bytes(required)} needed)",
+            f"{outdir}: disk too small ({format_bytes(free)} free, needs {format_bytes(required)})",
             hint="free disk space, or give an --outdir on another disk",
         )
     return outdir

@@ -154,10 +154,8 @@ def _jobs(tensors: list[OutTensor], start: int) -> Iterator[tuple[OutTensor, int
 
 def _convert_rows(tensor: OutTensor, first: int, last: int) -> NDArray[np.uint8]:
     rows = tensor.load()
-    if tensor.row_order is None:
-        block = rows[first:last]
-    else:
-        block = rows[tensor.row_order[first:last]]
+    wanted = slice(first, last) if tensor.row_order is None else tensor.row_order[first:last]
+    block = rows[wanted]
     if tensor.source_type == tensor.ggml_type:
         return np.ascontiguousarray(block).view(np.uint8)
     return quantize(to_float32(np.ascontiguousarray(block), tensor.source_type), tensor.ggml_type)

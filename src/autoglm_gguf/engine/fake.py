@@ -1,8 +1,8 @@
 """A deterministic engine for tests and examples: it answers from a script, one byte a token.
 
-Token ``i`` below 256 is the byte ``i``; 256 ends a turn; 257 is ``<|image|>``. It keeps the rules of
-the real engine (batch size, context size, text before image), so that sessions are tested as they
-run. It has no weights and knows no language.
+Token ``i`` below 256 is the byte ``i``; 256 ends a turn; 257 is ``<|image|>``. It keeps the rules
+of the real engine (batch size, context size), so that sessions are tested as they run. It has no
+weights and knows no language.
 """
 
 from __future__ import annotations

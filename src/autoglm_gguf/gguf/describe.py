@@ -7,6 +7,7 @@ fixed ids. Knows headers only; loads nothing.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,22 @@ GLM_TEMPLATE = """[gMASK]<sop>
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
 """
+_TOWER_TENSORS = (
+    "v.patch_embd.weight",
+    "v.patch_embd.weight.1",
+    "v.patch_embd.bias",
+    "v.position_embd.weight",
+    "v.blk.0.attn_qkv.weight",
+    "v.post_ln.weight",
+    "mm.patch_merger.weight",
+    "mm.patch_merger.bias",
+    "mm.model.fc.weight",
+    "mm.down.weight",
+)
+_MAX_MERGE_SIZE = 16
+_MOST_PIXELS = 2**28
+"""Above this a lower limit would blow every screenshot up to gigabytes."""
+_TYPE_SUFFIX = re.compile(r"(.+)-(b?f16|f32|i?q\d\w*|tq\d\w*|mxfp4\w*)")
 _TEMPLATE_TOKENS = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -90,19 +107,23 @@ def describe_pair(text: Path, mmproj: Path | None) -> ModelDescription:
 def find_mmproj(text: Path) -> Path | None:
     """The mmproj beside a text GGUF: same name, any type; or the only one in the directory."""
     candidates = sorted(text.parent.glob(f"{names.MMPROJ_PREFIX}*.gguf"))
-    stem = text.stem.rsplit("-", 1)[0].lower()
-    named = [p for p in candidates if p.stem.lower().startswith(names.MMPROJ_PREFIX + stem)]
+    base, own_type = _split_type(text.stem)
     # The mmproj of the text file's own type first, then the most exact one.
-    ending = text.stem.rsplit("-", 1)[-1].lower()
-    order = (ending, "f32", "f16", "bf16", "q8_0", "q4_0")
-    named.sort(key=lambda p: _rank(p.stem.rsplit("-", 1)[-1].lower(), order))
+    order = (own_type, "f32", "f16", "bf16", "q8_0", "q4_0")
+    named: list[tuple[int, Path]] = []
+    for path in candidates:
+        name, kind = _split_type(path.stem.removeprefix(names.MMPROJ_PREFIX))
+        if name == base:
+            named.append((order.index(kind) if kind in order else len(order), path))
     if named:
-        return named[0]
+        return min(named)[1]
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _rank(ending: str, order: tuple[str, ...]) -> int:
-    return order.index(ending) if ending in order else len(order)
+def _split_type(stem: str) -> tuple[str, str]:
+    """``Name-Q8_0`` to ``("name", "q8_0")``; the type is empty where the name ends with none."""
+    match = _TYPE_SUFFIX.fullmatch(stem.lower())
+    return (match.group(1), match.group(2)) if match else (stem.lower(), "")
 
 
 def _check_text(header: Header) -> None:
@@ -138,6 +159,12 @@ def _check_mmproj(text: Header, tower: Header) -> None:
             f"{tower.path.name}: mmproj of another model (embeddings of {width}, "
             f"{text.path.name} takes {required})",
             hint="give the mmproj file that was converted together with the text model",
+        )
+    missing = [name for name in _TOWER_TENSORS if name not in tower.tensors]
+    if missing:  # libmtmd ends the process over some of these at the first image
+        raise GGUFError(
+            f"{tower.path.name}: not a whole GLM-4V mmproj (tensor {missing[0]!r} is missing)",
+            hint="convert the checkpoint again",
         )
     ours, theirs = (h.metadata.get(names.SOURCE_ID) for h in (text, tower))
     if ours is not None and theirs is not None and ours != theirs:
@@ -187,7 +214,9 @@ def _limits(tower: Header, notes: list[str]) -> VisionLimits:
     merge = tower.get_int(names.MERGE_SIZE)
     if merge is None:
         merge = GLM_MERGE_SIZE  # libmtmd's own default for this projector
-    if low is None or high is None or not 0 < low <= high:
+    if not 1 <= merge <= _MAX_MERGE_SIZE:
+        raise GGUFError(f"{tower.path.name}: no usable merge size ({merge})")
+    if low is None or high is None or not 0 < low <= high or low > _MOST_PIXELS:
         low, high = GLM_MIN_PIXELS, GLM_MAX_PIXELS
-        notes.append(f"image limits: GLM-4.1V's ({low} to {high} pixels), the file has none")
+        notes.append(f"image limits: GLM-4.1V's ({low} to {high} pixels), the file has none to use")
     return VisionLimits(patch, merge, low, high)

@@ -20,6 +20,7 @@ PINNED_VERSION = "0.3.36"
 LLAMA_CPP_COMMIT = "0c1e57098bba43ac29e6e3b677cdceebdd22334f"
 
 logger = logging.getLogger("autoglm_gguf.llama_cpp")
+logger.addHandler(logging.NullHandler())  # quiet unless the application configures logging
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUED = 5  # GGML_LOG_LEVEL_CONT: the rest of the line before
 _KEPT_LINES = 8

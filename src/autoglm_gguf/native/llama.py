@@ -69,6 +69,8 @@ class LlamaModel:
 
     def token_bytes(self, token: int, *, special: bool) -> bytes:
         """The bytes a token stands for; a control token gives none unless ``special``."""
+        if not 0 <= token < self.n_vocab:
+            raise ValueError(f"token id {token}: outside 0..{self.n_vocab - 1}")
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)

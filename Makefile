@@ -1,0 +1,62 @@
+# The same commands for people and CI. Needs python3 (3.11 or newer), a C++ compiler and cmake.
+PYTHON ?= python3
+EXTRAS ?= dev
+VENV := .venv
+BIN := $(VENV)/bin
+comma := ,
+# One stamp per set of extras: a second run installs nothing.
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+.PHONY: help demo test check layers style chat clean needs
+
+help:
+	@echo "make demo    convert the embedded checkpoint and see it answer, with a screenshot"
+	@echo "make test    run the tests (EXTRAS=dev,reference adds the comparison with transformers)"
+	@echo "make check   ruff, mypy --strict, import levels"
+	@echo "make style   format, and fix what ruff can fix"
+	@echo "make chat    talk with the embedded model"
+
+demo: $(STAMP)
+	@$(BIN)/python examples/demo.py
+
+chat: $(STAMP)
+	@$(BIN)/python -m autoglm_gguf.chat
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: $(STAMP) layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+layers: $(STAMP)
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+style: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) out dist build
+
+$(STAMP): pyproject.toml
+	@$(MAKE) --no-print-directory needs
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: python3 cannot make a virtual environment"; \
+	  echo "hint: Debian/Ubuntu: sudo apt-get install -y python3-venv"; exit 1; }
+	@echo "installing into $(VENV) (llama.cpp is compiled the first time: about 5 minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	@touch $@
+
+needs:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: python3: missing or too old (required 3.11 or newer)"; \
+	  echo "hint: Debian/Ubuntu: sudo apt-get install -y python3 python3-venv; macOS: brew install python"; \
+	  echo "      another interpreter: make PYTHON=/path/to/python3.12 ..."; exit 1; }
+	@{ command -v "$${CXX:-c++}" || command -v g++ || command -v clang++; } >/dev/null || { \
+	  echo "error: no C++ compiler"; \
+	  echo "hint: Debian/Ubuntu: sudo apt-get install -y g++; macOS: xcode-select --install"; exit 1; }
+	@command -v cmake >/dev/null || { \
+	  echo "error: no cmake"; \
+	  echo "hint: Debian/Ubuntu: sudo apt-get install -y cmake; macOS: brew install cmake"; exit 1; }

@@ -1,0 +1,41 @@
+"""From checkpoint to answer: converts the embedded checkpoint and asks it three things."""
+
+from pathlib import Path
+
+from autoglm_gguf import AutoGLM, convert
+from autoglm_gguf.cli.output import ProgressLine, dim
+from autoglm_gguf.hub import embedded_checkpoint
+from autoglm_gguf.units import format_bytes
+
+OUT = Path("out")
+SCREEN = Path(__file__).parent / "screen.png"
+
+
+def main() -> None:
+    checkpoint = embedded_checkpoint()
+    for outtype in ("q8_0", "q4_0"):
+        print(f"\n$ autoglm-gguf convert {checkpoint.name} --outtype {outtype} --outdir {OUT}")
+        pair = convert(checkpoint, OUT, outtype, on_progress=ProgressLine())
+        for path in (pair.text, pair.mmproj):
+            print(f"{format_bytes(path.stat().st_size):>10}  {path}")
+
+    pair = convert(checkpoint, OUT, "q8_0")
+    with AutoGLM.load(pair.text, mmproj=pair.mmproj, n_ctx=4096) as model:
+        for instruction in ("打开微信", "Open Chrome for me"):
+            print(f"\n> {instruction}")
+            for chunk in model.stream(instruction, max_tokens=128):
+                print(chunk.text, end="", flush=True)
+            if chunk.usage and chunk.timings:
+                speed = f"{chunk.timings.predicted_per_second:.0f} tok/s"
+                print(dim(f"\n[{chunk.usage.completion_tokens} tokens, {speed}]"))
+
+        task = "Open Settings"
+        print(f"\n> act: {task!r} on {SCREEN.name}")
+        step = model.act(task, SCREEN)
+        print(f"thinking: {step.thinking}\naction:   {step.action.render()}")
+        ms = step.timings.ttft_ms
+        print(dim(f"[{step.usage.image_tokens} image tokens, first token after {ms:.0f} ms]"))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ order one. `build_checkpoint` gives everything `convert` needs.
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from dataclasses import dataclass, field
@@ -78,6 +79,8 @@ class Shape:
     n_shards: int = 2
     seed: int = 1
     eos: tuple[str, ...] = EOS
+    n_vocab: int = 0
+    """Rows of the embeddings; 0 takes `vocab_size`."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Merged into config.json's top level."""
 
@@ -169,7 +172,7 @@ def config_json(shape: Shape) -> dict[str, Any]:
     theta = {"rope_theta": shape.rope_theta, "partial_rotary_factor": 0.5}
     text: dict[str, Any] = {
         "model_type": "glm4v_text",
-        "vocab_size": vocab_size(),
+        "vocab_size": shape.n_vocab or vocab_size(),
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.n_layers,
         "num_attention_heads": shape.n_heads,
@@ -225,7 +228,9 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     text, vision = shape.prefixes
     width, inner = shape.hidden_size, shape.intermediate_size
     q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    table: dict[str, tuple[int, ...]] = {f"{text}embed_tokens.weight": (vocab_size(), width)}
+    table: dict[str, tuple[int, ...]] = {
+        f"{text}embed_tokens.weight": (shape.n_vocab or vocab_size(), width)
+    }
     for n in range(shape.n_layers):
         layer = f"{text}layers.{n}."
         for norm in (
@@ -243,7 +248,7 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
         table[f"{layer}mlp.down_proj.weight"] = (width, inner)
     table[f"{text}norm.weight"] = (width,)
     if not shape.tied:
-        table["lm_head.weight"] = (vocab_size(), width)
+        table["lm_head.weight"] = (shape.n_vocab or vocab_size(), width)
     eye = shape.vision_hidden
     table[f"{vision}patch_embed.proj.weight"] = (eye, 3, 2, 14, 14)
     table[f"{vision}patch_embed.proj.bias"] = (eye,)
@@ -487,3 +492,64 @@ def rewrite_gguf(source: Path, target: Path, *, drop: tuple[str, ...] = (), **ch
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def build_sparse_checkpoint(directory: Path, shape: Shape) -> Path:
+    """A checkpoint of any size whose weights are all zero and take no room on the disk."""
+    build_checkpoint(directory)
+    for path in [*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"]:
+        path.unlink()
+    write_json(directory / "config.json", config_json(shape))
+    header: dict[str, Any] = {}
+    at = 0
+    for name, sides in tensor_shapes(shape).items():
+        end = at + 2 * int(np.prod(sides))
+        header[name] = {"dtype": "BF16", "shape": list(sides), "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + at)
+    return directory
+
+
+def build_scripted_checkpoint(
+    directory: Path, pieces: tuple[str, ...], *, endless: bool = False
+) -> Path:
+    """A checkpoint that answers every prompt with these pieces, a token each, then ``</answer>``.
+
+    Its layers add nothing, and its head knows which token follows which, beginning with the line
+    break that ends the assistant's header. All pieces must differ; at most six may be new tokens.
+
+    Args:
+        directory: Where it goes.
+        pieces: Special tokens or new ones.
+        endless: Repeat the last piece for ever.
+    """
+    shape = Shape()
+    build_checkpoint(directory, shape)
+    ids, symbols, raw = token_ids(), byte_symbols(), tokenizer_json()
+    first_free = len(ids)
+    for piece in pieces:
+        if piece not in ids:
+            ids[piece] = first_free
+            raw["model"]["vocab"]["".join(symbols[b] for b in piece.encode())] = first_free
+            first_free += 1
+    write_json(directory / "tokenizer.json", raw)
+    end = pieces[-1] if endless else "</answer>"
+    chain = [ids[symbols[ord("\n")]], *(ids[piece] for piece in pieces), ids[end]]
+    tensors = random_tensors(shape)
+    for name, values in tensors.items():
+        if name.endswith(("self_attn.o_proj.weight", "lm_head.weight")) or (
+            "language_model" in name and name.endswith("mlp.down_proj.weight")
+        ):
+            values[:] = 0
+    embedding = tensors[f"{shape.prefixes[0]}embed_tokens.weight"]
+    signs = np.random.default_rng(7).choice([-1.0, 1.0], embedding.shape)
+    embedding[chain] = signs[chain]
+    for token, following in itertools.pairwise(chain):
+        tensors["lm_head.weight"][following] += embedding[token]
+    for path in [*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"]:
+        path.unlink()
+    write_safetensors(directory / "model.safetensors", tensors)
+    return directory

@@ -53,7 +53,7 @@ def test_every_kind_covers_the_whole_grammar() -> None:
 
 
 def test_render_is_read_back_whatever_the_text_holds() -> None:
-    pieces = [*'\\"\'()[],= \n\tab好（）“”🙂', '", x="', '")', ", b=[", "do(action=", "</think>"]
+    pieces = [*"\\\"'()[],= \n\tab好（）“”🙂", '", x="', '")', ", b=[", "do(action=", "</think>"]
     for seed in range(2000):
         rng = random.Random(seed)
         text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
@@ -112,9 +112,7 @@ def test_point_is_read_leniently(point: str, expected: tuple[int, int]) -> None:
         ('<think></think><answer>do(action="Back")', "", Action("Back", {})),
     ],
 )
-def test_answer_is_split_into_thinking_and_action(
-    text: str, thinking: str, action: Action
-) -> None:
+def test_answer_is_split_into_thinking_and_action(text: str, thinking: str, action: Action) -> None:
     assert parse_answer(text) == (thinking, action)
 
 
@@ -165,7 +163,7 @@ def test_answer_takes_the_call_the_client_takes_when_another_is_mentioned(
         ("I do not know.", "no do"),
         ('do(action="Fly")', "Fly"),
         ('do(action="finish", message="x")', "finish"),
-        ('do(element=[1,2])', "None"),
+        ("do(element=[1,2])", "None"),
         ('do(action="Tap")', "Tap"),
         ('do(action="Tap", element="500,300")', "element"),
         ('do(action="Type", text=[1,2])', "text"),
@@ -219,7 +217,11 @@ def test_to_pixels_refuses_what_is_no_point() -> None:
 
 @pytest.mark.parametrize(
     ("task", "prompt"),
-    [("Open Chrome", SYSTEM_PROMPT_EN), ("打开微信", SYSTEM_PROMPT_ZH), ("用 Chrome", SYSTEM_PROMPT_ZH)],
+    [
+        ("Open Chrome", SYSTEM_PROMPT_EN),
+        ("打开微信", SYSTEM_PROMPT_ZH),
+        ("用 Chrome", SYSTEM_PROMPT_ZH),
+    ],
 )
 def test_system_prompt_speaks_the_tasks_language(task: str, prompt: str) -> None:
     assert choose_system_prompt(task) == prompt
@@ -230,3 +232,10 @@ def test_system_prompt_names_every_action(prompt: str) -> None:
     for name in ARGUMENTS:
         assert f'do(action="{name}"' in prompt
     assert "finish(message=" in prompt
+
+
+def test_parse_answer_takes_the_first_call_when_another_follows() -> None:
+    text = '<answer>do(action="Launch", app="A")\ndo(action="Launch", app="B")</answer>'
+    assert parse_answer(text)[1] == Action("Launch", {"app": "A"})
+    text = 'do(action="Tap", element=[1,2])\nfinish(message="x")'
+    assert parse_action(text) == Action("Tap", {"element": (1, 2)})

@@ -168,10 +168,7 @@ def test_stream_takes_openai_messages_with_unknown_fields() -> None:
             {"role": "user", "content": [{"type": "text", "text": "hi", "cache": {}}]},
         ]
     )
-    assert (
-        evaluated_text(engine)
-        == "[gMASK]<sop><|system|>\nbe brief<|user|>\nhi<|assistant|>\n"
-    )
+    assert evaluated_text(engine) == "[gMASK]<sop><|system|>\nbe brief<|user|>\nhi<|assistant|>\n"
 
 
 @pytest.mark.parametrize(("content_format", "joint"), [("openai", ""), ("string", "\n")])
@@ -180,9 +177,7 @@ def test_content_format_joins_image_and_text(content_format: str, joint: str) ->
     model = AutoGLM(engine, content_format=content_format)  # type: ignore[arg-type]
     answer = model.generate("what?", image=SCREEN)
     slot = "<|begin_of_image|><IMAGE><|end_of_image|>"
-    assert (
-        evaluated_text(engine) == f"[gMASK]<sop><|user|>\n{slot}{joint}what?<|assistant|>\n"
-    )
+    assert evaluated_text(engine) == f"[gMASK]<sop><|user|>\n{slot}{joint}what?<|assistant|>\n"
     assert engine.evaluated.count(IMAGE) == 24
     assert answer.usage.image_tokens == 24
     assert answer.usage.prompt_tokens == len(engine.evaluated)
@@ -370,6 +365,15 @@ def test_close_frees_the_engine_once_and_for_all() -> None:
     model.close()
     with pytest.raises(EngineError, match="closed"):
         model.generate("hi")
+
+
+def test_close_ends_a_stream_that_is_still_open() -> None:
+    engine = FakeEngine(ENDLESS, n_ctx=ROOMY)
+    with AutoGLM(engine) as model:
+        stream = model.stream("?", raw=True)
+        next(stream)
+    assert engine.closed
+    assert list(stream) == []
 
 
 def test_close_from_another_thread_cancels_the_answer() -> None:
@@ -640,3 +644,29 @@ def test_chat_closes_the_answer_tag_in_the_history() -> None:
 )
 def test_close_answer_adds_the_tag_only_where_it_is_missing(text: str, closed: str) -> None:
     assert close_answer(text) == closed
+
+
+def test_astream_ends_when_cancelled_while_it_waits_for_the_engine() -> None:
+    async def read() -> str:
+        model = raw_model(b"abc")
+        held = model.stream("?", raw=True)
+        next(held)
+
+        async def ask() -> None:
+            async for _ in model.astream("?", raw=True):
+                pass
+
+        waiting = asyncio.ensure_future(ask())
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        await asyncio.wait([waiting], timeout=5)
+        assert waiting.done()
+        return collect(held).text
+
+    assert asyncio.run(read()) == "bc"
+
+
+def test_chat_session_keeps_the_turn_when_the_answer_is_empty() -> None:
+    chat = AutoGLM(FakeEngine(b"")).chat()
+    assert chat.send("hello").text == ""
+    assert [message.role for message in chat.messages] == ["user", "assistant"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -15,7 +16,7 @@ def stream(data: bytes, stop: tuple[str, ...], cuts: list[int]) -> list[str]:
     """Every piece that comes out when ``data`` goes in, cut at these places."""
     text = TextStream(stop)
     edges = [0, *cuts, len(data)]
-    pieces = [text.push(data[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text.push(data[a:b]) for a, b in itertools.pairwise(edges)]
     return [*pieces, text.finish()]
 
 

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from autoglm_gguf.actions import Action, parse_answer
     from autoglm_gguf.config import ContextParams, SamplingParams
     from autoglm_gguf.conversion.pipeline import ModelPair, convert
-    from autoglm_gguf.conversion.writer import Progress
     from autoglm_gguf.embedded import default_pair
     from autoglm_gguf.errors import (
         ActionParseError,
@@ -23,13 +22,16 @@ if TYPE_CHECKING:
         EngineBusyError,
         EngineError,
         GGUFError,
+        HubError,
         ImageError,
         NativeLibraryError,
         PairMismatchError,
         PromptError,
         UnsupportedModelError,
+        VerificationError,
     )
     from autoglm_gguf.gguf.header import Header, TensorInfo, read_header
+    from autoglm_gguf.hub import pull
     from autoglm_gguf.messages import (
         Chunk,
         Completion,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         Timings,
         Usage,
     )
+    from autoglm_gguf.progress import Progress
     from autoglm_gguf.session import AutoGLM, ChatSession, Step
 
 __version__ = "0.1.0"
@@ -47,7 +50,6 @@ _HOMES = {
     "actions": ("Action", "parse_answer"),
     "config": ("ContextParams", "SamplingParams"),
     "conversion.pipeline": ("ModelPair", "convert"),
-    "conversion.writer": ("Progress",),
     "embedded": ("default_pair",),
     "errors": (
         "ActionParseError",
@@ -58,14 +60,18 @@ _HOMES = {
         "EngineBusyError",
         "EngineError",
         "GGUFError",
+        "HubError",
         "ImageError",
         "NativeLibraryError",
         "PairMismatchError",
         "PromptError",
         "UnsupportedModelError",
+        "VerificationError",
     ),
     "gguf.header": ("Header", "TensorInfo", "read_header"),
+    "hub": ("pull",),
     "messages": ("Chunk", "Completion", "ImagePart", "Message", "TextPart", "Timings", "Usage"),
+    "progress": ("Progress",),
     "session": ("AutoGLM", "ChatSession", "Step"),
 }
 _HOME = {name: home for home, listed in _HOMES.items() for name in listed}
@@ -86,6 +92,7 @@ __all__ = [
     "EngineError",
     "GGUFError",
     "Header",
+    "HubError",
     "ImageError",
     "ImagePart",
     "Message",
@@ -101,10 +108,12 @@ __all__ = [
     "Timings",
     "UnsupportedModelError",
     "Usage",
+    "VerificationError",
     "__version__",
     "convert",
     "default_pair",
     "parse_answer",
+    "pull",
     "read_header",
 ]
 

@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "Wait": (("duration",), ()),
 }
 _POINTS = ("element", "start", "end")
+_FOLLOWING = re.compile(r"[\"\]]\)\s*\n\s*(?:do\(action=|finish\(message=)")
 _CALL = re.compile(r"(?<![A-Za-z0-9_])(?:(finish)|do)\(\s*\w+\s*=")
 _NEXT = re.compile(r'\s*,?\s*(\w+)\s*=\s*(?=["\'\[])')
 _POINT = re.compile(r"\[\s*(-?\d+(?:\.\d+)?)\s*,\s*(-?\d+(?:\.\d+)?)\s*\]")
@@ -131,7 +132,8 @@ def parse_action(text: str, *, whole: str | None = None) -> Action:
         ActionParseError: See `parse_answer`.
     """
     source = whole if whole is not None else text
-    head, _, rest = text.partition("(")
+    following = _FOLLOWING.search(text)  # some answers go on with a second call: the first counts
+    head, _, rest = text[: following.start() + 2 if following else None].partition("(")
     arguments = _parse_arguments(rest, source)
     if head.strip() == "finish":
         if not isinstance(arguments.get("message"), str):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from autoglm_gguf.checkpoint.safetensors import Shards
 from autoglm_gguf.conversion.pipeline import ModelPair, convert
 from autoglm_gguf.conversion.recipe import parse_outtype
-from autoglm_gguf.conversion.writer import OnProgress
 from autoglm_gguf.errors import GGUFError
 from autoglm_gguf.gguf.describe import describe_pair
 from autoglm_gguf.gguf.names import MMPROJ_PREFIX
 from autoglm_gguf.hub import EMBEDDED, cache_directory, embedded_checkpoint
+from autoglm_gguf.progress import OnProgress
 
 
 def default_pair(outtype: str = "q8_0", *, on_progress: OnProgress | None = None) -> ModelPair:

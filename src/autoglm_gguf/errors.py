@@ -6,6 +6,7 @@ This module knows what can go wrong and what to type next; it does not know how 
     AutoGLMError
     ├── CheckpointError          the published files are missing, broken, or not what they claim
     │   └── UnsupportedModelError    a sound checkpoint of a family we do not convert
+    ├── HubError                 the hub, or the cache of what it gave, cannot deliver a checkpoint
     ├── GGUFError                a GGUF file is missing, broken, or lacks what is needed
     │   └── PairMismatchError        text GGUF and mmproj GGUF do not belong together
     ├── ConversionError          the conversion itself could not be done or written
@@ -15,6 +16,7 @@ This module knows what can go wrong and what to type next; it does not know how 
     ├── ActionParseError         an answer that is no action
     ├── EngineError              llama.cpp failed while loading or running
     │   └── EngineBusyError          a stream of this model is still open
+    ├── VerificationError        a converted model lies outside its thresholds
     └── NativeLibraryError       llama-cpp-python is missing or not the pinned version
 """
 
@@ -44,6 +46,20 @@ class CheckpointError(AutoGLMError):
 
 class UnsupportedModelError(CheckpointError):
     """A checkpoint whose architecture or tokenizer this package does not convert."""
+
+
+class HubError(AutoGLMError):
+    """A checkpoint that could not be had from the hub, or not whole.
+
+    Args:
+        message: See `AutoGLMError`.
+        unreachable: The hub did not answer, which may pass; otherwise it answered no.
+        hint: See `AutoGLMError`.
+    """
+
+    def __init__(self, message: str, *, unreachable: bool = False, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.unreachable = unreachable
 
 
 class GGUFError(AutoGLMError):
@@ -106,3 +122,7 @@ class EngineBusyError(EngineError):
 
 class NativeLibraryError(AutoGLMError):
     """llama-cpp-python is missing, cannot be loaded, or is not the pinned version."""
+
+
+class VerificationError(AutoGLMError):
+    """A converted model was compared with its original and lies outside its thresholds."""

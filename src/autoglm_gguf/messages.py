@@ -57,7 +57,9 @@ def parse_messages(messages: Sequence[MessageLike]) -> tuple[Message, ...]:
     return tuple(m if isinstance(m, Message) else _parse_message(m) for m in messages)
 
 
-def _parse_message(raw: Mapping[str, Any]) -> Message:
+def _parse_message(raw: Any) -> Message:
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"message: a {type(raw).__name__}, not a mapping")
     role = raw.get("role")
     if role not in ROLES:
         raise ValueError(f"message role {role!r}: not one of {', '.join(ROLES)}")

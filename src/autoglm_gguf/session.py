@@ -10,16 +10,15 @@ import asyncio
 import json
 import os
 import threading
-import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from autoglm_gguf.actions import Action, choose_system_prompt, parse_answer
 from autoglm_gguf.config import CONTENT_FORMATS, ContentFormat, ContextParams, SamplingParams
-from autoglm_gguf.engine.base import Engine, EngineInfo, Sampler
+from autoglm_gguf.engine.base import Engine, EngineInfo
 from autoglm_gguf.errors import (
     ContextFullError,
     EngineBusyError,
@@ -27,12 +26,12 @@ from autoglm_gguf.errors import (
     ImageError,
     PromptError,
 )
+from autoglm_gguf.generation import Request, Run
 from autoglm_gguf.gguf.names import END_OF_ANSWER
 from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.messages import (
     Chunk,
     Completion,
-    FinishReason,
     ImagePart,
     ImageSource,
     Message,
@@ -43,10 +42,10 @@ from autoglm_gguf.messages import (
     parse_messages,
 )
 from autoglm_gguf.prompt import Prompt, render_prompt
-from autoglm_gguf.stream import TextStream
 from autoglm_gguf.vision import Pixels, read_pixels
 
 _AUTO_SYSTEM = "auto"
+_WAIT_SECONDS = 0.05  # how often a waiting request looks whether it was cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +58,6 @@ class Step:
     """The whole answer."""
     usage: Usage
     timings: Timings
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """A checked request: token segments around pixels."""
-
-    segments: tuple[tuple[int, ...], ...]
-    images: tuple[Pixels, ...]
-    params: SamplingParams
-
-    @property
-    def n_prompt(self) -> int:
-        return sum(map(len, self.segments)) + sum(image.n_tokens for image in self.images)
 
 
 class AutoGLM:
@@ -224,7 +210,7 @@ class AutoGLM:
         def work() -> None:
             last: BaseException | None = None
             try:
-                request = self._prepare(prompt, image, raw, sampling)
+                request = self._prepare(prompt, image, raw, sampling, stopped)
                 for chunk in self._open(request, stopped):
                     loop.call_soon_threadsafe(queue.put_nowait, chunk)
             except BaseException as error:
@@ -338,7 +324,8 @@ class AutoGLM:
         image: ImageSource | None,
         raw: bool,
         sampling: dict[str, Any],
-    ) -> _Request:
+        stopped: threading.Event | None = None,
+    ) -> Request:
         if isinstance(sampling.get("stop"), str):
             sampling = {**sampling, "stop": (sampling["stop"],)}
         elif isinstance(sampling.get("stop"), list):
@@ -350,9 +337,9 @@ class AutoGLM:
             prompt = [_user_message(prompt, image)]
         rendered = self.render(prompt, raw=raw)
         pixels = tuple(self._read_pixels(source) for source in rendered.images)
-        with self._exclusive():
+        with self._exclusive(stopped):
             segments = tuple(tuple(self._engine.tokenize(s)) for s in rendered.segments)
-        request = _Request(segments, pixels, params)
+        request = Request(segments, pixels, params)
         n_prompt, n_ctx = request.n_prompt, self.info.n_ctx
         if not segments[-1]:
             raise PromptError("prompt: empty" if n_prompt == 0 else "prompt: ends with an image")
@@ -375,10 +362,10 @@ class AutoGLM:
             )
         return read_pixels(source, info.vision, max_image_tokens=info.max_image_tokens)
 
-    def _exclusive(self) -> _Turn:
-        return _Turn(self)
+    def _exclusive(self, stopped: threading.Event | None = None) -> _Turn:
+        return _Turn(self, stopped)
 
-    def _open(self, request: _Request, stopped: threading.Event) -> Generator[Chunk, None, None]:
+    def _open(self, request: Request, stopped: threading.Event) -> Generator[Chunk, None, None]:
         slot: list[weakref.ref[Generator[Chunk, None, None]]] = []
         stream = self._generate(request, stopped, slot)
         slot.append(weakref.ref(stream))  # weak: dropping the stream must close it at once
@@ -386,13 +373,13 @@ class AutoGLM:
 
     def _generate(
         self,
-        request: _Request,
+        request: Request,
         stopped: threading.Event,
         slot: list[weakref.ref[Generator[Chunk, None, None]]],
     ) -> Generator[Chunk, None, None]:
-        with self._exclusive():
+        with self._exclusive(stopped):
             self._cancel, self._open_stream = stopped, slot[0]
-            run = _Run(self._engine, request, stopped)
+            run = Run(self._engine, request, stopped)
             try:
                 yield from run.chunks()
             finally:
@@ -400,19 +387,23 @@ class AutoGLM:
 
 
 class _Turn:
-    """Exclusive use of a model's engine for the duration of a ``with`` block."""
+    """Exclusive use of a model's engine for the duration of a ``with`` block.
 
-    def __init__(self, model: AutoGLM) -> None:
-        self._model = model
+    Args:
+        model: Whose engine.
+        stopped: Set from outside, it ends the waiting.
+    """
+
+    def __init__(self, model: AutoGLM, stopped: threading.Event | None) -> None:
+        self._model, self._stopped = model, stopped
 
     def __enter__(self) -> None:
         model = self._model
         if model._owner == threading.get_ident():
-            raise EngineBusyError(
-                f"{model.info.name}: another stream is open in this thread",
-                hint="read it to its end or close it first",
-            )
-        model._lock.acquire()
+            raise _busy(model.info.name)
+        while not model._lock.acquire(timeout=_WAIT_SECONDS):
+            if self._stopped is not None and self._stopped.is_set():
+                raise EngineBusyError(f"{model.info.name}: cancelled while another answer ran")
         if model._closed:
             model._lock.release()
             raise EngineError("model: closed", hint="load it again")
@@ -423,94 +414,11 @@ class _Turn:
         self._model._lock.release()
 
 
-class _Run:
-    """One answer being generated."""
-
-    def __init__(self, engine: Engine, request: _Request, stopped: threading.Event) -> None:
-        self._engine, self._request, self._stopped = engine, request, stopped
-        self._text = TextStream((*request.params.stop, END_OF_ANSWER))
-        self._sampler: Sampler | None = None
-        self._timings = Timings()
-        self._n_predicted = 0
-        self._predicted_ms = self._ttft_ms = 0.0
-        self._began = time.perf_counter()
-
-    def chunks(self) -> Iterator[Chunk]:
-        if not self._prefill():
-            yield self._last("", (), "cancelled")
-            return
-        self._sampler = self._engine.open_sampler(self._request.params)
-        pending: list[int] = []
-        first = 0.0
-        while True:
-            token = self._sampler.sample()
-            self._n_predicted += 1
-            pending.append(token)
-            now = time.perf_counter()
-            first = first or now
-            self._predicted_ms, self._ttft_ms = 1000 * (now - first), 1000 * (first - self._began)
-            ended = token in self._engine.info.stop_ids
-            shown = "" if ended else self._text.push(self._engine.token_bytes(token))
-            reason = self._reason(ended or self._text.stopped)
-            if reason is not None:
-                yield self._last(shown, tuple(pending), reason)
-                return
-            if shown:
-                yield Chunk(shown, tuple(pending))
-                pending.clear()
-            self._engine.eval_tokens([token])
-
-    def _reason(self, ended: bool) -> FinishReason | None:
-        if ended:
-            return "stop"
-        if self._stopped.is_set():
-            return "cancelled"
-        limit = self._request.params.max_tokens
-        used = self._request.n_prompt + self._n_predicted
-        if self._n_predicted == limit or used > self._engine.info.n_ctx:
-            return "length"
-        return None
-
-    def _prefill(self) -> bool:
-        """Evaluate the prompt; False if it was cancelled on the way."""
-        engine, step = self._engine, self._engine.n_batch
-        engine.reset()
-        image_ms = 0.0
-        for index, segment in enumerate(self._request.segments):
-            for at in range(0, len(segment), step):
-                if self._stopped.is_set():
-                    return False
-                engine.eval_tokens(segment[at : at + step])
-            if index < len(self._request.images):
-                if self._stopped.is_set():
-                    return False
-                image = self._request.images[index]
-                began = time.perf_counter()
-                embedding = engine.encode_image(image.array, image.grid)
-                image_ms += 1000 * (time.perf_counter() - began)
-                if self._stopped.is_set():
-                    return False
-                engine.eval_image(embedding)
-        total_ms = 1000 * (time.perf_counter() - self._began)
-        n_prompt = self._request.n_prompt
-        self._timings = Timings(image_ms, prompt_n=n_prompt, prompt_ms=total_ms - image_ms)
-        return True
-
-    def _last(self, shown: str, tokens: tuple[int, ...], reason: FinishReason) -> Chunk:
-        n_image = sum(image.n_tokens for image in self._request.images)
-        usage = Usage(self._request.n_prompt, self._n_predicted, n_image)
-        timings = replace(
-            self._timings,
-            predicted_n=self._n_predicted,
-            predicted_ms=self._predicted_ms,
-            ttft_ms=self._ttft_ms,
-        )
-        return Chunk(shown + self._text.finish(), tokens, reason, usage, timings)
-
-    def close(self) -> None:
-        if self._sampler is not None:
-            self._sampler.close()
-            self._sampler = None
+def _busy(name: str) -> EngineBusyError:
+    return EngineBusyError(
+        f"{name}: another stream is open in this thread",
+        hint="read it to its end or close it first",
+    )
 
 
 class ChatSession:
@@ -547,14 +455,15 @@ class ChatSession:
         return collect(self.stream(text, image=image, **sampling))
 
     def _keep(self, turn: Message, answer: Generator[Chunk, None, None]) -> Iterator[Chunk]:
-        said = ""
+        said, finished = "", False
         try:
             for chunk in answer:
                 said += chunk.text
+                finished = chunk.finish_reason in ("stop", "length")
                 yield chunk
         finally:
             answer.close()
-            if said:
+            if said or finished:
                 self.messages += [turn, Message("assistant", close_answer(said))]
 
     def __enter__(self) -> ChatSession:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 _FACTORS = {
     "": 1,
@@ -32,7 +33,7 @@ def parse_bytes(text: str) -> int:
     factor = _FACTORS.get(match.group(2).lower()) if match else None
     if match is None or factor is None:
         raise ValueError(f"{text!r}: not a size (write for example 4GB, 4GiB or 512MiB)")
-    n_bytes = round(float(match.group(1)) * factor)
+    n_bytes = round(Fraction(match.group(1)) * factor)
     if n_bytes <= 0:
         raise ValueError(f"{text!r}: a size must be more than zero bytes")
     return n_bytes

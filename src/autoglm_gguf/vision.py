@@ -105,10 +105,15 @@ def fit_size(
     area = _FRAMES * width * height
     if _FRAMES * fitted[0] * fitted[1] > high:
         shrink = math.sqrt(area / high)
-        return (
+        fitted = (
             max(factor, math.floor(width / shrink / factor) * factor),
             max(factor, math.floor(height / shrink / factor) * factor),
         )
+        if max_image_tokens is None:
+            return fitted
+        # A side that cannot shrink below one token leaves the other too long: ours is a bound.
+        longest = max_image_tokens * factor
+        return (min(fitted[0], longest), min(fitted[1], longest))
     if _FRAMES * fitted[0] * fitted[1] < limits.min_pixels:
         grow = math.sqrt(limits.min_pixels / area)
         return (
@@ -126,25 +131,28 @@ def open_image(source: ImageSource) -> Image:
     """
     from PIL import Image as PILImage
 
-    if isinstance(source, PILImage.Image):
-        return source
-    label, data = _read_source(source)
+    label, data = ("image", b"") if isinstance(source, PILImage.Image) else _read_source(source)
     try:
-        image = PILImage.open(io.BytesIO(data))
-        if image.width * image.height > MAX_SOURCE_PIXELS:
-            raise ImageError(
-                f"{label}: too large ({image.width}x{image.height} px, at most "
-                f"{MAX_SOURCE_PIXELS} pixels)",
-                hint="give a screenshot, not a poster",
-            )
+        image = source if isinstance(source, PILImage.Image) else PILImage.open(io.BytesIO(data))
+        if not 0 < image.width * image.height <= MAX_SOURCE_PIXELS:
+            raise _wrong_size(label, f"{image.width}x{image.height} px")
         image.load()
     except ImageError:
         raise
+    except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
+        raise _wrong_size(label, str(error)) from error
     except Exception as error:  # Pillow's decoders raise nearly everything on broken files
         raise ImageError(
             f"{label}: not an image that can be read ({error})", hint="give a PNG or JPEG file"
         ) from error
     return image
+
+
+def _wrong_size(label: str, found: str) -> ImageError:
+    return ImageError(
+        f"{label}: too large or empty ({found}, 1 to {MAX_SOURCE_PIXELS} pixels are taken)",
+        hint="give a screenshot, not a poster",
+    )
 
 
 def _read_source(source: str | os.PathLike[str] | bytes) -> tuple[str, bytes]:
@@ -161,7 +169,8 @@ def _read_source(source: str | os.PathLike[str] | bytes) -> tuple[str, bytes]:
     path = Path(source)
     try:
         return path.name, path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
         raise ImageError(
-            f"{path}: image cannot be read ({error.strerror})", hint="check the path"
+            f"{path}: image cannot be read ({reason})", hint="check the path"
         ) from error

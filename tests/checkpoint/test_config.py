@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,10 @@ def test_config_finds_the_rope_keys_of_every_age(tmp_path: Path, style: str) -> 
 
 def test_config_takes_the_newest_place_when_rope_keys_differ(tmp_path: Path) -> None:
     raw = config_json(Shape(rope_style="rope_parameters", rope_theta=3.0))
-    raw["text_config"] |= {"rope_theta": 1.0, "rope_scaling": {"rope_theta": 2.0, "type": "default"}}
+    raw["text_config"] |= {
+        "rope_theta": 1.0,
+        "rope_scaling": {"rope_theta": 2.0, "type": "default"},
+    }
     assert read_config(write_config(tmp_path, raw)).text.rope.rope_theta == 3.0
 
 

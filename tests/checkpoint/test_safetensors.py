@@ -144,7 +144,9 @@ def test_shards_name_an_index_entry_that_is_in_no_shard(checkpoint: Path) -> Non
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": None}, {"weight_map": []}])
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": {}}, {"weight_map": None}, {"weight_map": []}]
+)
 def test_shards_refuse_an_index_without_a_map(tmp_path: Path, index: dict[str, Any]) -> None:
     write_json(tmp_path / INDEX, index)
     with pytest.raises(CheckpointError, match="no weight_map"):
@@ -153,7 +155,18 @@ def test_shards_refuse_an_index_without_a_map(tmp_path: Path, index: dict[str, A
 
 @pytest.mark.parametrize(
     "shard",
-    ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "x\0y", "\ud800", 7, None],
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        ".",
+        "",
+        "x\0y",
+        "\ud800",
+        7,
+        None,
+    ],
 )
 def test_shards_refuse_names_that_lead_elsewhere(tmp_path: Path, shard: object) -> None:
     write_safetensors(tmp_path / "x.safetensors", {"a": np.ones(1, np.float32)})
@@ -211,7 +224,15 @@ def test_shard_that_lies_about_its_header_is_refused(tmp_path: Path, length: int
 
 @pytest.mark.parametrize(
     "header",
-    [b"{}x", b"[]", b"null", b"\xff\xfe{}", b"[" * 50_000, b'{"a": {}, "a": {}}', b'"' + b"9" * 5000],
+    [
+        b"{}x",
+        b"[]",
+        b"null",
+        b"\xff\xfe{}",
+        b"[" * 50_000,
+        b'{"a": {}, "a": {}}',
+        b'"' + b"9" * 5000,
+    ],
     ids=lambda header: header[:8].decode("latin-1"),
 )
 def test_shard_with_a_header_that_is_no_table_is_refused(tmp_path: Path, header: bytes) -> None:

@@ -176,7 +176,7 @@ def test_describe_shows_both_widths_when_they_differ(tmp_path: Path) -> None:
 )
 def test_describe_refuses_impossible_patches(tmp_path: Path, key: str, value: object) -> None:
     text, tower = pair(tmp_path, **{key: value})
-    with pytest.raises(GGUFError, match="mmproj-small-F32.gguf: no usable"):
+    with pytest.raises(GGUFError, match=r"mmproj-small-F32\.gguf: no usable"):
         describe_pair(text, tower)
 
 
@@ -187,7 +187,7 @@ def test_describe_refuses_impossible_patches(tmp_path: Path, key: str, value: ob
     ("text", "present", "chosen"),
     [
         ("M-Q4_0.gguf", ["mmproj-M-Q4_0.gguf", "mmproj-M-F32.gguf"], "mmproj-M-Q4_0.gguf"),
-        ("M-Q4_0.gguf", ["mmproj-M-Q8_0.gguf", "mmproj-M-F16.gguf"], "mmproj-M-F16.gguf"),
+        ("M-Q4_0.gguf", ["mmproj-M-Q8_0.gguf", "mmproj-M-F16.gguf"], "mmproj-M-Q8_0.gguf"),
         ("M-Q4_0.gguf", ["mmproj-M-Q8_0.gguf"], "mmproj-M-Q8_0.gguf"),
         ("M-Q4_K_M.gguf", ["mmproj-M-BF16.gguf", "mmproj-N-F16.gguf"], "mmproj-M-BF16.gguf"),
         ("m-q8_0.gguf", ["mmproj-M-Q8_0.gguf", "mmproj-N-Q8_0.gguf"], "mmproj-M-Q8_0.gguf"),
@@ -202,7 +202,11 @@ def test_describe_refuses_impossible_patches(tmp_path: Path, key: str, value: ob
             "mmproj-AutoGLM-Phone-9B-Multilingual-Q8_0.gguf",
         ),
         ("my-model.gguf", ["mmproj-my-model.gguf", "mmproj-other.gguf"], "mmproj-my-model.gguf"),
-        ("my-model.gguf", ["mmproj-my-model-f16.gguf", "mmproj-x.gguf"], "mmproj-my-model-f16.gguf"),
+        (
+            "my-model.gguf",
+            ["mmproj-my-model-f16.gguf", "mmproj-x.gguf"],
+            "mmproj-my-model-f16.gguf",
+        ),
         ("M-Q4_0.gguf", ["mmproj-vision.gguf"], "mmproj-vision.gguf"),
         ("M-Q4_0.gguf", ["mmproj-x.gguf", "mmproj-y.gguf"], None),
         ("M-Q4_0.gguf", ["N-Q8_0.gguf", "readme.md"], None),

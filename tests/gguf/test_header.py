@@ -97,7 +97,7 @@ def test_header_cut_anywhere_is_a_gguf_error(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     end = read_header(write(path, WHOLE)).tensors["norm.weight"].offset + 16
     for n_bytes in range(end):
-        with pytest.raises(GGUFError, match="m.gguf"):
+        with pytest.raises(GGUFError, match=r"m\.gguf"):
             read_header(write(path, WHOLE[:n_bytes]))
 
 

@@ -6,9 +6,23 @@ import numpy as np
 import pytest
 
 from autoglm_gguf.gguf.header import TENSOR_TYPES
-from autoglm_gguf.native.ggml import GGMLType, block_size, quantize, row_bytes, to_float32
+from autoglm_gguf.native.ggml import (
+    GGMLType,
+    block_size,
+    dequantize,
+    quantize,
+    row_bytes,
+    to_float32,
+)
 
 pytestmark = pytest.mark.native
+
+# Of standard normal values; a step is about range / 2**bits.
+WORST_RMSE = {"F32": 0, "F16": 1e-3, "BF16": 5e-3, "Q8": 0.01, "Q6": 0.03, "Q5": 0.06} | {
+    "Q4": 0.12,
+    "Q3": 0.25,
+    "Q2": 0.4,
+}
 
 
 @pytest.mark.parametrize("ggml_type", list(GGMLType))
@@ -53,3 +67,24 @@ def test_f16_and_bf16_rows_round_to_nearest() -> None:
     assert np.array_equal(half, row.astype(np.float16))
     brain = to_float32(quantize(row, GGMLType.BF16).view(np.uint16), GGMLType.BF16)
     assert np.abs(brain - row).max() <= np.abs(row).max() * 2**-8
+
+
+@pytest.mark.parametrize("ggml_type", list(GGMLType))
+def test_dequantize_reverses_quantize_within_the_types_step(ggml_type: GGMLType) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((4, 512), np.float32)
+    weights = np.ones(512, np.float32) if ggml_type == GGMLType.IQ3_XXS else None
+    decoded = dequantize(quantize(rows, ggml_type, weights), ggml_type, 512)
+    error = float(np.sqrt(((decoded - rows) ** 2).mean()))
+    assert error <= WORST_RMSE[ggml_type.name.split("_")[0].removeprefix("I")]
+
+
+def test_dequantize_gives_the_values_of_a_block() -> None:
+    """q8_0: scale 0.5, then -16..15."""
+    block = np.concatenate(
+        [
+            np.array([0.5], np.float16).view(np.uint8),
+            np.arange(-16, 16, dtype=np.int8).view(np.uint8),
+        ]
+    )[None]
+    assert dequantize(block, GGMLType.Q8_0, 32)[0].tolist() == [x / 2 for x in range(-16, 16)]

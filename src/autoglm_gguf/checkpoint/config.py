@@ -1,8 +1,8 @@
 """``config.json`` and its neighbours, as checked values in one shape whatever their age.
 
 RoPE keys live in three places by age: top level of ``text_config``, inside ``rope_scaling``, or
-inside ``rope_parameters`` (transformers 5); all three are read. Covers
-Glm4vForConditionalGeneration (AutoGLM-Phone-9B, GLM-4.1V); others are refused by name.
+inside ``rope_parameters`` (transformers 5); all three are read. Covers `ARCHITECTURES`; others are
+refused by name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from autoglm_gguf.errors import CheckpointError, UnsupportedModelError
 
-ARCHITECTURES = ("Glm4vForConditionalGeneration",)
+# published architecture -> llama.cpp's
+ARCHITECTURES = {
+    "Glm4vForConditionalGeneration": "glm4",
+    "Glm46VForConditionalGeneration": "glm4",
+    "Glm4ForCausalLM": "glm4",
+    "GlmForCausalLM": "chatglm",
+    "ChatGLMModel": "chatglm",
+    "ChatGLMForConditionalGeneration": "chatglm",
+}
+_CHATGLM = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_SIDE = 2**24
@@ -54,6 +63,10 @@ class TextConfig(_Config):
     tie_word_embeddings: bool = False
     hidden_act: Literal["silu"] = "silu"
     rope: Rope
+    has_post_norms: bool = True
+    """Norms after attention and MLP, besides those before (GLM-4)."""
+    naming: Literal["hf", "chatglm"] = "hf"
+    """Whose tensor names the shards use."""
 
     @model_validator(mode="before")
     @classmethod
@@ -145,8 +158,11 @@ class ModelConfig(_Config):
     """A whole checkpoint's configuration."""
 
     architecture: str
+    gguf_architecture: str
+    """llama.cpp's name."""
     text: TextConfig
-    vision: VisionConfig
+    vision: VisionConfig | None
+    """None for a text-only model."""
     image: ImageLimits
     eos_token_ids: tuple[int, ...]
     """``generation_config.json``'s list; every one of them ends a turn."""
@@ -161,18 +177,16 @@ def read_config(directory: Path) -> ModelConfig:
     """
     raw = read_json(directory / "config.json")
     architecture = _architecture(raw)
-    text = raw.get("text_config")
-    if not isinstance(text, dict):
-        raise CheckpointError("config.json: no text_config")
-    if "tie_word_embeddings" not in text and "tie_word_embeddings" in raw:
-        text = {**text, "tie_word_embeddings": raw["tie_word_embeddings"]}
+    text = _text_values(raw, architecture)
+    vision = raw.get("vision_config") if "text_config" in raw else None
     generation = read_json(directory / "generation_config.json", required=False)
     limits = read_json(directory / "preprocessor_config.json", required=False)
     try:
         config = ModelConfig(
             architecture=architecture,
+            gguf_architecture=ARCHITECTURES[architecture],
             text=TextConfig.model_validate(text),
-            vision=VisionConfig.model_validate(raw.get("vision_config")),
+            vision=None if vision is None else VisionConfig.model_validate(vision),
             image=ImageLimits.model_validate(limits),
             eos_token_ids=_eos(generation, text, raw),
         )
@@ -185,12 +199,58 @@ def read_config(directory: Path) -> ModelConfig:
             f"{file}: {place}: {first['msg']} (found {_short(first.get('input'))})",
             hint="download the checkpoint again, or compare its config with the published one",
         ) from None
-    if config.vision.out_hidden_size != config.text.hidden_size:
+    width, required = config.vision and config.vision.out_hidden_size, config.text.hidden_size
+    if width is not None and width != required:
         raise CheckpointError(
-            f"config.json: vision out_hidden_size {config.vision.out_hidden_size} is not the text "
-            f"model's hidden_size {config.text.hidden_size}"
+            f"config.json: vision out_hidden_size {width} is not the text model's hidden_size "
+            f"{required}"
         )
     return config
+
+
+def _text_values(raw: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """The text model's values under transformers' names, wherever the checkpoint keeps them."""
+    if architecture in _CHATGLM:
+        return _chatglm_values(raw)
+    if not architecture.endswith("ForConditionalGeneration"):
+        return {**raw, "has_post_norms": architecture == "Glm4ForCausalLM"}
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise CheckpointError("config.json: no text_config")
+    if raw.get("vision_config") is None:
+        raise CheckpointError("config.json: no vision_config")
+    if "tie_word_embeddings" not in text and "tie_word_embeddings" in raw:
+        text = {**text, "tie_word_embeddings": raw["tie_word_embeddings"]}
+    return text
+
+
+def _chatglm_values(raw: dict[str, Any]) -> dict[str, Any]:
+    """The keys of chatglm3-6b's configuration_chatglm.py under transformers' names."""
+    for key, required in (("rmsnorm", True), ("add_bias_linear", False)):
+        if raw.get(key, required) != required:
+            raise UnsupportedModelError(f"config.json: {key} {raw[key]!r} is not run by llama.cpp")
+    heads = raw.get("num_attention_heads")
+    grouped = raw.get("multi_query_attention", False)
+    ratio = raw.get("rope_ratio", 1.0)
+    if not isinstance(ratio, int | float):
+        raise CheckpointError(f"config.json: rope_ratio {ratio!r} is no number")
+    return {
+        "hidden_size": raw.get("hidden_size"),
+        "num_hidden_layers": raw.get("num_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": raw.get("multi_query_group_num") if grouped else heads,
+        "head_dim": raw.get("kv_channels"),
+        "intermediate_size": raw.get("ffn_hidden_size"),
+        "vocab_size": raw.get("padded_vocab_size"),
+        "max_position_embeddings": raw.get("seq_length"),
+        "rms_norm_eps": raw.get("layernorm_epsilon"),
+        "attention_bias": bool(raw.get("add_qkv_bias") or raw.get("add_bias_linear")),
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        "rope_theta": 10000.0 * ratio,
+        "eos_token_id": raw.get("eos_token_id"),
+        "has_post_norms": False,
+        "naming": "chatglm",
+    }
 
 
 def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over names, places and the first bytes of every tensor."""
+        """16 hex digits over names, places and 512 bytes at the head, middle and end of tensors."""
         return self._digest.hexdigest()[:16]
 
     def _read_indexed(self, directory: Path, index: dict[str, Any]) -> None:
@@ -143,9 +143,10 @@ class Shards:
             array = np.frombuffer(
                 data, kind, count=(end - begin) // kind.itemsize, offset=start + begin
             )
-            self._digest.update(
-                data[start + begin : min(start + begin + _FINGERPRINT_BYTES, start + end)]
-            )
+            for at in (begin, (begin + end) // 2, max(begin, end - _FINGERPRINT_BYTES)):
+                self._digest.update(
+                    data[start + at : min(start + at + _FINGERPRINT_BYTES, start + end)]
+                )
             self.tensors[name] = LazyTensor(name, shape, ggml_type, array.reshape(shape))
         spans.sort()
         for (_, end, name), (begin, _, other) in pairwise(spans):

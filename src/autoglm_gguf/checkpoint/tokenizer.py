@@ -26,7 +26,7 @@ _PRE_BY_IGNORE_MERGES = {True: "glm4", False: "chatglm-bpe"}
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A byte-level BPE in llama.cpp's terms."""
+    """A vocabulary in llama.cpp's terms."""
 
     pre: str
     """llama.cpp's name of the pre-tokeniser."""
@@ -38,6 +38,12 @@ class Vocabulary:
     chat_template: str | None
     ids: dict[str, int]
     """Every real token's id."""
+    model: str = "gpt2"
+    """llama.cpp's name of the kind: ``gpt2`` for byte-level BPE, ``llama`` for sentencepiece."""
+    scores: tuple[float, ...] = ()
+    """Sentencepiece only, by id."""
+    extra_stop_ids: tuple[int, ...] = ()
+    """Stops that the model's own code knows and ``eos_token_id`` lacks."""
 
 
 def read_vocabulary(directory: Path, config: ModelConfig) -> Vocabulary:
@@ -66,7 +72,7 @@ def read_vocabulary(directory: Path, config: ModelConfig) -> Vocabulary:
             raise CheckpointError(
                 f"generation_config.json: eos_token_id {eos} is no token (vocabulary of {size})"
             )
-    merges, template = _merges(model.get("merges")), _read_template(directory)
+    merges, template = _merges(model.get("merges")), read_template(directory)
     _check_encodable([*ids, *merges, template or ""])
     return Vocabulary(
         pre=_PRE_BY_IGNORE_MERGES[bool(model.get("ignore_merges"))],
@@ -140,8 +146,12 @@ def _check_encodable(texts: list[str]) -> None:
         ) from error
 
 
-def _read_template(directory: Path) -> str | None:
-    """``chat_template.jinja`` first, as transformers does, then the older places."""
+def read_template(directory: Path) -> str | None:
+    """The chat template: ``chat_template.jinja`` first, as transformers does, then older places.
+
+    Raises:
+        CheckpointError: It is there but cannot be read.
+    """
     path = directory / "chat_template.jinja"
     if path.exists():
         try:

@@ -14,10 +14,20 @@ from autoglm_gguf.units import format_bytes, format_seconds
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the command."""
     parser = commands.add_parser("convert", help="convert a checkpoint to a GGUF pair")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Hugging Face directory")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or repo id")
     parser.add_argument("--outdir", default=".", metavar="DIR", help="where the files go")
     parser.add_argument("--outtype", default="q8_0", metavar="TYPE", help=", ".join(OUTTYPES))
-    parser.add_argument("--mmproj-outtype", metavar="TYPE", help="vision tower (default: OUTTYPE)")
+    parser.add_argument(
+        "--mmproj-outtype", metavar="TYPE", help="vision tower (default: OUTTYPE, at least q8_0)"
+    )
+    parser.add_argument(
+        "--tensor-type",
+        action="append",
+        default=[],
+        metavar="REGEX=TYPE",
+        help="an exception, for example attn_v=q8_0; may be given several times",
+    )
+    parser.add_argument("--imatrix", metavar="FILE", help="importance matrix of llama.cpp")
     parser.add_argument("--name", help="base of the file names (default: the directory's name)")
     parser.add_argument("--n-threads", type=int, metavar="N", help="default: usable cores")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -32,12 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.outdir,
         arguments.outtype,
         mmproj_outtype=arguments.mmproj_outtype,
+        tensor_types=arguments.tensor_type,
+        imatrix=arguments.imatrix,
         name=arguments.name,
         n_threads=arguments.n_threads,
         on_progress=output.ProgressLine(),
     )
     seconds = time.monotonic() - began
-    files = {"text": pair.text, "mmproj": pair.mmproj}
+    files = {"text": pair.text} | ({"mmproj": pair.mmproj} if pair.mmproj else {})
     if arguments.json:
         output.write_json(
             {

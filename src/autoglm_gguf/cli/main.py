@@ -7,10 +7,10 @@ import logging
 from collections.abc import Sequence
 
 from autoglm_gguf import __version__
-from autoglm_gguf.cli import act, chat, convert, inspect
+from autoglm_gguf.cli import act, chat, convert, inspect, output, pull, verify
 from autoglm_gguf.cli.errors import EXIT_OK, report
 
-_COMMANDS = (convert, inspect, chat, act)
+_COMMANDS = (pull, convert, inspect, chat, act, verify)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 our error, 2 usage, 130 interrupted.
     """
+    output.escape_unprintable()
     parsed = build_parser().parse_args(arguments)
     logging.basicConfig(format="%(name)s: %(message)s")  # warnings and worse, to stderr
     level = logging.DEBUG if parsed.verbose else logging.CRITICAL

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import os
 import sys
 from typing import Any, TextIO
 
-from autoglm_gguf.conversion.writer import Progress
+from autoglm_gguf.progress import Progress
 from autoglm_gguf.units import format_bytes, format_seconds
 
 _BAR = 24
 _FIRST_ESTIMATE = 0.02  # before this share is done, the time left is a guess
+
+
+def escape_unprintable() -> None:
+    """Let stdout show what its encoding lacks as escapes: a model or file may say anything."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # stderr is so by default
 
 
 def write(text: str = "", *, end: str = "\n") -> None:
@@ -21,12 +29,17 @@ def write(text: str = "", *, end: str = "\n") -> None:
 
 def write_json(value: Any) -> None:
     """A value as one JSON document."""
-    print(json.dumps(value, ensure_ascii=False, indent=2), flush=True)
+    print(_dump_json(value, indent=2), flush=True)
 
 
 def write_json_line(value: Any) -> None:
     """A value as one line of JSON."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    print(_dump_json(value), flush=True)
+
+
+def _dump_json(value: Any, *, indent: int | None = None) -> str:
+    utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name == "utf-8"
+    return json.dumps(value, ensure_ascii=not utf8, indent=indent)
 
 
 def note(text: str, *, end: str = "\n") -> None:
@@ -43,7 +56,7 @@ def dim(text: str, stream: TextIO | None = None) -> str:
 
 
 class ProgressLine:
-    """Conversion progress: one line that is drawn over, or a line per tenth when piped."""
+    """Progress of downloads and conversions: a line drawn over, or one per tenth when piped."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
@@ -64,5 +77,7 @@ class ProgressLine:
             f"{left:<11} {progress.file}"
         )
         note(f"\r\x1b[K{line}" if self._live else line, end="" if self._live else "\n")
-        if self._live and progress.done_bytes >= progress.total_bytes:
-            note("")
+        if progress.done_bytes >= progress.total_bytes:
+            self._shown = -1  # the next step, such as the conversion after a download, draws again
+            if self._live:
+                note("")

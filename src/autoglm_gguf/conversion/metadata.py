@@ -35,12 +35,12 @@ def write_text_header(
 ) -> None:
     """Write the text GGUF up to its tensor table."""
     text = config.text
-    with _writer(path, "glm4", name, fingerprint, outtype, tensors) as writer:
+    with _writer(path, config.gguf_architecture, name, fingerprint, outtype, tensors) as writer:
         writer.add_type("model")
         writer.add_block_count(text.num_hidden_layers)
         writer.add_context_length(text.max_position_embeddings)
         writer.add_embedding_length(text.hidden_size)
-        writer.add_feed_forward_length(text.intermediate_size)
+        writer.add_feed_forward_length(_ffn_width(tensors, text.intermediate_size))
         writer.add_head_count(text.num_attention_heads)
         writer.add_head_count_kv(text.num_key_value_heads)
         writer.add_key_length(text.head_dim)
@@ -64,6 +64,8 @@ def write_mmproj_header(
 ) -> None:
     """Write the mmproj GGUF up to its tensor table."""
     vision, image = config.vision, config.image
+    if vision is None:
+        raise ValueError("config: a text-only model has no mmproj")
     with _writer(path, "clip", name, fingerprint, outtype, tensors) as writer:
         writer.add_type("mmproj")
         writer.add_clip_projector_type(names.PROJECTOR_GLM4V)
@@ -83,6 +85,12 @@ def write_mmproj_header(
         writer.add_uint64(names.MIN_PIXELS, image.min_pixels)
         writer.add_uint64(names.MAX_PIXELS, image.max_pixels)
         writer.add_uint32(names.MERGE_SIZE, vision.spatial_merge_size)
+
+
+def _ffn_width(tensors: list[OutTensor], published: int) -> int:
+    """The feed-forward width in the file: the published one, or what it was padded to."""
+    widths = {t.n_per_row for t in tensors if t.name.endswith("ffn_down.weight")}
+    return widths.pop() if len(widths) == 1 else published
 
 
 @contextlib.contextmanager
@@ -112,17 +120,21 @@ def _writer(
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, config: ModelConfig, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(list(vocabulary.tokens))
     writer.add_token_types(list(vocabulary.token_types))
-    writer.add_token_merges(list(vocabulary.merges))
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
-    for key, token_id in place_stop_tokens(config.eos_token_ids, vocabulary.ids).items():
+    stops = tuple(dict.fromkeys((*config.eos_token_ids, *vocabulary.extra_stop_ids)))
+    for key, token_id in place_stop_tokens(stops, vocabulary.ids).items():
         writer.add_uint32(key, token_id)
-    if config.eos_token_ids:
-        writer.add_array(names.EOS_IDS, list(config.eos_token_ids))
+    if stops:
+        writer.add_array(names.EOS_IDS, list(stops))
     writer.add_add_bos_token(False)  # the template writes [gMASK]<sop> itself
     padding = vocabulary.ids.get("<|endoftext|>")
     if padding is not None:

@@ -1,8 +1,8 @@
-"""Hugging Face tensors to GGUF tensors: names, order, and the three changes of layout.
+"""Published tensors with the rows, types and padding of the GGUF file: what the writer streams.
 
-The changes: q/k rows permuted on the rotary half where M-RoPE is used (llama.cpp's kernel wants the
-even rows first, then the odd), the Conv3d patch kernel split into its two frames, and nothing else
-(gate and up are already fused). Source: conversion/glm.py, conversion/qwen3vl.py.
+The changes of layout: q/k rows permuted on the rotary half where M-RoPE is used (llama.cpp's kernel
+wants the even rows first, then the odd), the Conv3d patch kernel split into its two frames, the
+feed-forward width padded with zeros where a 256-block type asks for it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoglm_gguf.checkpoint.config import ModelConfig, TextConfig
+from autoglm_gguf.checkpoint.config import ModelConfig, VisionConfig
 from autoglm_gguf.checkpoint.safetensors import LazyTensor
-from autoglm_gguf.conversion.recipe import Outtype, choose_type
+from autoglm_gguf.conversion.layouts import (
+    PATCH_KERNEL,
+    Spec,
+    split_prefix,
+    text_specs,
+    vision_specs,
+)
+from autoglm_gguf.conversion.recipe import Recipe, padded_width
 from autoglm_gguf.errors import CheckpointError
 from autoglm_gguf.native.ggml import GGMLType, row_bytes
 
-# Seen in the wild, longest first: the first that fits is cut off.
-_VISION_PREFIXES = ("model.vision_tower.", "model.visual.", "vision_tower.", "visual.")
-_TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+ZERO_ROW = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +36,17 @@ class OutTensor:
 
     name: str
     shape: tuple[int, ...]
-    """Rows first; the last side is the row length."""
+    """Rows first; the last side is the row length, padding included."""
     ggml_type: GGMLType
-    source_type: GGMLType
+    source: LazyTensor
     load: Callable[[], NDArray[Any]]
-    """Gives ``(n_rows, n_per_row)`` of the source's words; a view of the map where it can be."""
+    """Gives ``(n_source_rows, n_source_per_row)`` of the source's words; a view where it can be.
+    Rows shorter than ``n_per_row`` are filled with zeros."""
     row_order: NDArray[np.int64] | None = None
-    """Row ``i`` of the output is row ``row_order[i]`` of the source; None keeps the order."""
+    """Row ``i`` of the output is row ``row_order[i]`` of the source, or zeros for `ZERO_ROW`; None
+    keeps the order."""
+    imatrix: NDArray[np.float32] | None = None
+    """``(n_per_row,)``, the importance of each column."""
 
     @property
     def n_per_row(self) -> int:
@@ -54,6 +63,20 @@ class OutTensor:
         """Bytes in the file."""
         return self.n_rows * row_bytes(self.ggml_type, self.n_per_row)
 
+    def rows(self, first: int, last: int) -> NDArray[Any]:
+        """Rows ``first`` to ``last`` of the output as the source's words, C-contiguous."""
+        table = self.load()
+        if self.row_order is None:
+            block = table[first:last]
+        else:
+            order = self.row_order[first:last]
+            block = table[order]
+            block[order == ZERO_ROW] = 0
+        missing = self.n_per_row - block.shape[1]
+        if missing:
+            block = np.pad(block, ((0, 0), (0, missing)))
+        return np.ascontiguousarray(block)
+
 
 def permute_rotary(n_heads: int, head_dim: int, rotary_dim: int) -> NDArray[np.int64]:
     """Row order that turns interleaved rotary pairs into halves, head by head.
@@ -68,29 +91,47 @@ def permute_rotary(n_heads: int, head_dim: int, rotary_dim: int) -> NDArray[np.i
 
 
 def plan_text(
-    tensors: Mapping[str, LazyTensor], config: ModelConfig, outtype: Outtype
+    tensors: Mapping[str, LazyTensor],
+    config: ModelConfig,
+    recipe: Recipe,
+    *,
+    ffn_width: int | None = None,
 ) -> list[OutTensor]:
     """The text GGUF's tensors in file order: token_embd, layers, output.
 
+    Args:
+        tensors: The checkpoint's.
+        config: Its shapes.
+        recipe: The types.
+        ffn_width: The feed-forward width to write, at least the published one; by default padded
+            only where the recipe's types ask for it.
+
     Raises:
         CheckpointError: A tensor is missing or has another shape than the config says.
+        ConversionError: A type needs an importance matrix.
+        GGUFError: The importance matrix belongs to another model.
     """
     table = _strip(tensors, vision=False)
     text = config.text
-    return [_take(table, spec, outtype) for spec in _text_specs(text)]
+    default = padded_width(recipe, text.intermediate_size, text.num_hidden_layers)
+    padding = (ffn_width or default) - text.intermediate_size
+    return [_plan(table, spec, recipe, config, padding) for spec in text_specs(text)]
 
 
 def plan_mmproj(
-    tensors: Mapping[str, LazyTensor], config: ModelConfig, outtype: Outtype
+    tensors: Mapping[str, LazyTensor], config: ModelConfig, recipe: Recipe
 ) -> list[OutTensor]:
-    """The mmproj GGUF's tensors in file order.
+    """The mmproj GGUF's tensors in file order; none for a text-only model.
 
     Raises:
         CheckpointError: A tensor is missing or has another shape than the config says.
     """
+    if config.vision is None:
+        return []
     table = _strip(tensors, vision=True)
-    planned = list(_patch_kernels(table, config, outtype))
-    return planned + [_take(table, spec, outtype) for spec in _vision_specs(config)]
+    planned = list(_patch_kernels(table, config.vision, recipe))
+    specs = vision_specs(config.vision)
+    return planned + [_plan(table, spec, recipe, config, 0) for spec in specs]
 
 
 def check_unused(tensors: Mapping[str, LazyTensor], config: ModelConfig) -> None:
@@ -99,126 +140,70 @@ def check_unused(tensors: Mapping[str, LazyTensor], config: ModelConfig) -> None
     Raises:
         CheckpointError: Names the first such tensor.
     """
-    known = {spec.source for spec in _text_specs(config.text)}
-    known |= {spec.source for spec in _vision_specs(config)} | {"patch_embed.proj.weight"}
-    known.add("lm_head.weight")  # may be stored beside tied embeddings
+    known = {(spec.source, False) for spec in text_specs(config.text)}
+    if config.vision is not None:
+        known |= {(spec.source, True) for spec in vision_specs(config.vision)}
+        known.add((PATCH_KERNEL, True))
+    if config.text.tie_word_embeddings:  # the head may be stored beside the embeddings it equals
+        known |= {("lm_head.weight", False), ("output_layer.weight", False)}
     for name in tensors:
-        bare, _ = _split_prefix(name)
-        if bare not in known and not bare.endswith("rotary_emb.inv_freq"):
+        if split_prefix(name) not in known and not name.endswith("inv_freq"):
             raise CheckpointError(
                 f"checkpoint: tensor {name!r} is not one this architecture has",
                 hint="check that config.json belongs to these shards",
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Spec:
-    name: str
-    source: str
-    shape: tuple[int, ...]
-    row_order: NDArray[np.int64] | None = None
+def _plan(
+    table: Mapping[str, LazyTensor],
+    spec: Spec,
+    recipe: Recipe,
+    config: ModelConfig,
+    padding: int,
+) -> OutTensor:
+    tensor = _find(table, spec.source, spec.shape)
+    order: NDArray[np.int64] | None = None
+    shape = spec.shape
+    if spec.heads:
+        order = permute_rotary(spec.heads, config.text.head_dim, config.text.rotary_dim)
+    if padding and spec.pads == "rows":
+        half = spec.shape[0] // 2
+        zeros = np.full(padding, ZERO_ROW)
+        order = np.concatenate([np.arange(half), zeros, np.arange(half, 2 * half), zeros])
+        shape = (spec.shape[0] + 2 * padding, spec.shape[1])
+    elif padding and spec.pads == "columns":
+        shape = (spec.shape[0], spec.shape[1] + padding)
+    kind = recipe.choose(spec.name, shape)
+    if len(shape) == 1:
 
+        def load_vector() -> NDArray[Any]:
+            return (tensor.data if order is None else tensor.data[order]).reshape(1, -1)
 
-def _text_specs(c: TextConfig) -> Iterator[_Spec]:
-    width, q_width = c.hidden_size, c.num_attention_heads * c.head_dim
-    kv_width = c.num_key_value_heads * c.head_dim
-    q_order = k_order = None
-    if c.rope.mrope_section is not None:
-        q_order = permute_rotary(c.num_attention_heads, c.head_dim, c.rotary_dim)
-        k_order = permute_rotary(c.num_key_value_heads, c.head_dim, c.rotary_dim)
-    yield _Spec("token_embd.weight", "embed_tokens.weight", (c.vocab_size, width))
-    for n in range(c.num_hidden_layers):
-        out, src = f"blk.{n}.", f"layers.{n}."
-        yield _Spec(out + "attn_norm.weight", src + "input_layernorm.weight", (width,))
-        for letter, rows, order in (
-            ("q", q_width, q_order),
-            ("k", kv_width, k_order),
-            ("v", kv_width, None),
-        ):
-            proj = f"{src}self_attn.{letter}_proj."
-            yield _Spec(f"{out}attn_{letter}.weight", proj + "weight", (rows, width), order)
-            if c.attention_bias:
-                yield _Spec(f"{out}attn_{letter}.bias", proj + "bias", (rows,), order)
-        o_proj = src + "self_attn.o_proj.weight"
-        yield _Spec(out + "attn_output.weight", o_proj, (width, q_width))
-        after_attn = src + "post_self_attn_layernorm.weight"
-        yield _Spec(out + "post_attention_norm.weight", after_attn, (width,))
-        yield _Spec(out + "ffn_norm.weight", src + "post_attention_layernorm.weight", (width,))
-        gate_up = (2 * c.intermediate_size, width)
-        yield _Spec(out + "ffn_up.weight", src + "mlp.gate_up_proj.weight", gate_up)
-        down = (width, c.intermediate_size)
-        yield _Spec(out + "ffn_down.weight", src + "mlp.down_proj.weight", down)
-        yield _Spec(out + "post_ffw_norm.weight", src + "post_mlp_layernorm.weight", (width,))
-    yield _Spec("output_norm.weight", "norm.weight", (width,))
-    if not c.tie_word_embeddings:
-        yield _Spec("output.weight", "lm_head.weight", (c.vocab_size, width))
+        return OutTensor(spec.name, shape, kind, tensor, load_vector)
 
+    def load() -> NDArray[Any]:
+        return tensor.data.reshape(-1, spec.shape[-1])
 
-def _vision_specs(config: ModelConfig) -> Iterator[_Spec]:
-    c = config.vision
-    width, inner, out = c.hidden_size, c.out_hidden_size, c.out_hidden_size
-    n_positions = (c.image_size // c.patch_size) ** 2
-    merge = c.spatial_merge_size
-    yield _Spec("v.patch_embd.bias", "patch_embed.proj.bias", (width,))
-    positions = "embeddings.position_embedding.weight"
-    yield _Spec("v.position_embd.weight", positions, (n_positions, width))
-    yield _Spec("v.norm_embd.weight", "post_conv_layernorm.weight", (width,))
-    for n in range(c.depth):
-        to, src = f"v.blk.{n}.", f"blocks.{n}."
-        yield _Spec(to + "ln1.weight", src + "norm1.weight", (width,))
-        yield _Spec(to + "attn_qkv.weight", src + "attn.qkv.weight", (3 * width, width))
-        yield _Spec(to + "attn_out.weight", src + "attn.proj.weight", (width, width))
-        yield _Spec(to + "ln2.weight", src + "norm2.weight", (width,))
-        yield _Spec(to + "ffn_gate.weight", src + "mlp.gate_proj.weight", (inner, width))
-        yield _Spec(to + "ffn_up.weight", src + "mlp.up_proj.weight", (inner, width))
-        yield _Spec(to + "ffn_down.weight", src + "mlp.down_proj.weight", (width, inner))
-    yield _Spec("v.post_ln.weight", "post_layernorm.weight", (width,))
-    yield _Spec("mm.patch_merger.weight", "downsample.weight", (out, width, merge, merge))
-    yield _Spec("mm.patch_merger.bias", "downsample.bias", (out,))
-    yield _Spec("mm.model.fc.weight", "merger.proj.weight", (out, out))
-    yield _Spec("mm.post_norm.weight", "merger.post_projection_norm.weight", (out,))
-    yield _Spec("mm.post_norm.bias", "merger.post_projection_norm.bias", (out,))
-    wide = c.intermediate_size
-    yield _Spec("mm.gate.weight", "merger.gate_proj.weight", (wide, out))
-    yield _Spec("mm.up.weight", "merger.up_proj.weight", (wide, out))
-    yield _Spec("mm.down.weight", "merger.down_proj.weight", (out, wide))
+    weights = None
+    if recipe.imatrix is not None:
+        weights = recipe.imatrix.weights(spec.name, shape[-1], padded_from=spec.shape[-1])
+    return OutTensor(spec.name, shape, kind, tensor, load, order, weights)
 
 
 def _patch_kernels(
-    table: Mapping[str, LazyTensor], config: ModelConfig, outtype: Outtype
+    table: Mapping[str, LazyTensor], c: VisionConfig, recipe: Recipe
 ) -> Iterator[OutTensor]:
     """The Conv3d kernel ``(out, 3, 2, p, p)`` as two Conv2d kernels ``(out, 3, p, p)``."""
-    c = config.vision
     side = c.patch_size
     kernel = (c.hidden_size, c.in_channels, c.temporal_patch_size, side, side)
-    tensor = _find(table, "patch_embed.proj.weight", kernel)
+    tensor = _find(table, PATCH_KERNEL, kernel)
     shape = (c.hidden_size, c.in_channels, side, side)
     for frame, name in enumerate(("v.patch_embd.weight", "v.patch_embd.weight.1")):
 
         def load(frame: int = frame) -> NDArray[Any]:
             return np.ascontiguousarray(tensor.data[:, :, frame]).reshape(-1, side)
 
-        yield OutTensor(name, shape, choose_type(name, shape, outtype), tensor.ggml_type, load)
-
-
-def _take(table: Mapping[str, LazyTensor], spec: _Spec, outtype: Outtype) -> OutTensor:
-    tensor = _find(table, spec.source, spec.shape)
-    rows = (1, -1) if len(spec.shape) == 1 else (-1, spec.shape[-1])
-    order = spec.row_order
-    if order is not None and len(spec.shape) == 1:
-
-        def load() -> NDArray[Any]:
-            return tensor.data[order].reshape(rows)
-
-        order_left = None
-    else:
-
-        def load() -> NDArray[Any]:
-            return tensor.data.reshape(rows)
-
-        order_left = order
-    kind = choose_type(spec.name, spec.shape, outtype)
-    return OutTensor(spec.name, spec.shape, kind, tensor.ggml_type, load, order_left)
+        yield OutTensor(name, shape, recipe.choose(name, shape), tensor, load)
 
 
 def _find(table: Mapping[str, LazyTensor], source: str, shape: tuple[int, ...]) -> LazyTensor:
@@ -240,17 +225,7 @@ def _strip(tensors: Mapping[str, LazyTensor], *, vision: bool) -> dict[str, Lazy
     """Tensors of one half by their bare names."""
     table: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        bare, is_vision = _split_prefix(name)
+        bare, is_vision = split_prefix(name)
         if is_vision == vision:
             table[bare] = tensor
     return table
-
-
-def _split_prefix(name: str) -> tuple[str, bool]:
-    for prefix in _VISION_PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix), True
-    for prefix in _TEXT_PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix), False
-    return name, False

@@ -10,43 +10,27 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_gguf.conversion.tensors import OutTensor
+from autoglm_gguf.errors import CheckpointError, ConversionError
 from autoglm_gguf.gguf.header import DEFAULT_ALIGNMENT
-from autoglm_gguf.native.ggml import quantize, row_bytes, to_float32
+from autoglm_gguf.native.ggml import GGMLType, quantize, row_bytes, to_float32
+from autoglm_gguf.progress import OnProgress, Progress
 
 _BLOCK_ELEMENTS = 1 << 21  # 8 MiB of f32 per thread
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a conversion is."""
-
-    file: str
-    """Final name of the file being written."""
-    done_bytes: int
-    total_bytes: int
-    """Of both files together."""
-    seconds: float
-    """Since the conversion began."""
-
-    @property
-    def seconds_left(self) -> float:
-        """At the speed so far."""
-        if not self.done_bytes:
-            return 0.0
-        return self.seconds / self.done_bytes * (self.total_bytes - self.done_bytes)
-
-
-OnProgress = Callable[[Progress], None]
+_F16_MAX = 65504.0
+_EXPONENTS = {  # type -> (mask without the sign, all exponent bits)
+    GGMLType.F32: (0x7FFFFFFF, 0x7F800000),
+    GGMLType.F16: (0x7FFF, 0x7C00),
+    GGMLType.BF16: (0x7FFF, 0x7F80),
+}
 
 
 @contextlib.contextmanager
@@ -134,12 +118,21 @@ class TensorWriter:
                 stop.set()
                 raise
             with self._lock:
-                file.seek(offset)
-                file.write(data.data)
-                self._done_bytes += data.nbytes
-                if self._on_progress is not None and not stop.is_set():
-                    seconds = time.monotonic() - self._started
-                    self._on_progress(Progress(label, self._done_bytes, self._total_bytes, seconds))
+                if stop.is_set():
+                    return
+                try:
+                    self._store(file, offset, data, label)
+                except BaseException:
+                    stop.set()  # under the lock: nobody writes or reports after a failure
+                    raise
+
+    def _store(self, file: BinaryIO, offset: int, data: NDArray[np.uint8], label: str) -> None:
+        file.seek(offset)
+        file.write(data.data)
+        self._done_bytes += data.nbytes
+        if self._on_progress is not None:
+            seconds = time.monotonic() - self._started
+            self._on_progress(Progress(label, self._done_bytes, self._total_bytes, seconds))
 
 
 def _jobs(tensors: list[OutTensor], start: int) -> Iterator[tuple[OutTensor, int, int, int]]:
@@ -153,12 +146,29 @@ def _jobs(tensors: list[OutTensor], start: int) -> Iterator[tuple[OutTensor, int
 
 
 def _convert_rows(tensor: OutTensor, first: int, last: int) -> NDArray[np.uint8]:
-    rows = tensor.load()
-    wanted = slice(first, last) if tensor.row_order is None else tensor.row_order[first:last]
-    block = rows[wanted]
-    if tensor.source_type == tensor.ggml_type:
-        return np.ascontiguousarray(block).view(np.uint8)
-    return quantize(to_float32(np.ascontiguousarray(block), tensor.source_type), tensor.ggml_type)
+    block = tensor.rows(first, last)
+    source = tensor.source
+    _check_finite(tensor, block)
+    if source.ggml_type == tensor.ggml_type:
+        return block.view(np.uint8)
+    values = to_float32(block, source.ggml_type)
+    if tensor.ggml_type == GGMLType.F16 and float(np.abs(values).max()) > _F16_MAX:
+        raise ConversionError(
+            f"checkpoint: tensor {source.name!r} holds values beyond f16's {_F16_MAX:g}",
+            hint="convert to bf16, or to a quantised type",
+        )
+    return quantize(values, tensor.ggml_type, tensor.imatrix)
+
+
+def _check_finite(tensor: OutTensor, block: NDArray[Any]) -> None:
+    """Infinity and NaN have all exponent bits set, in each of the three formats."""
+    bits = block.view(np.uint32) if block.dtype.itemsize == 4 else block
+    magnitude, exponent = _EXPONENTS[tensor.source.ggml_type]
+    if int((bits & bits.dtype.type(magnitude)).max()) >= exponent:
+        raise CheckpointError(
+            f"checkpoint: tensor {tensor.source.name!r} holds NaN or infinity",
+            hint="download the checkpoint again; if it stays, the published weights are broken",
+        )
 
 
 def _pad(n_bytes: int) -> int:

@@ -108,8 +108,8 @@ def find_mmproj(text: Path) -> Path | None:
     """The mmproj beside a text GGUF: same name, any type; or the only one in the directory."""
     candidates = sorted(text.parent.glob(f"{names.MMPROJ_PREFIX}*.gguf"))
     base, own_type = _split_type(text.stem)
-    # The mmproj of the text file's own type first, then the most exact one.
-    order = (own_type, "f32", "f16", "bf16", "q8_0", "q4_0")
+    # The mmproj of the text file's own type first, then what `convert` makes for small types.
+    order = (own_type, "q8_0", "f16", "bf16", "f32", "q4_0")
     named: list[tuple[int, Path]] = []
     for path in candidates:
         name, kind = _split_type(path.stem.removeprefix(names.MMPROJ_PREFIX))

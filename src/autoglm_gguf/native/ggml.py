@@ -66,12 +66,15 @@ def to_float32(raw: NDArray[np.generic], ggml_type: int) -> NDArray[np.float32]:
     return out
 
 
-def quantize(rows: NDArray[np.float32], ggml_type: int) -> NDArray[np.uint8]:
+def quantize(
+    rows: NDArray[np.float32], ggml_type: int, imatrix: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
     """Encode rows as ``ggml_type``, byte for byte as llama-quantize does.
 
     Args:
         rows: ``(n_rows, n_per_row)``, f32, C-contiguous; n_per_row a multiple of the block size.
         ggml_type: The target type.
+        imatrix: ``(n_per_row,)``, the importance of each column; None weighs all alike.
 
     Returns:
         ``(n_rows, row_bytes)``.
@@ -90,12 +93,56 @@ def quantize(rows: NDArray[np.float32], ggml_type: int) -> NDArray[np.uint8]:
     if ggml_type == GGMLType.F16:
         _lib().ggml_fp32_to_fp16_row(_pointer(rows), _pointer(out), rows.size)
         return out
+    if imatrix is not None:
+        imatrix = np.ascontiguousarray(imatrix, np.float32)
+        if imatrix.shape != (n_per_row,):
+            raise ValueError(f"imatrix of shape {imatrix.shape} for rows of {n_per_row}")
+    weights = None if imatrix is None else _pointer(imatrix)
     n_bytes = _lib().ggml_quantize_chunk(
-        ggml_type, _pointer(rows), _pointer(out), 0, n_rows, n_per_row, None
+        ggml_type, _pointer(rows), _pointer(out), 0, n_rows, n_per_row, weights
     )
     if n_bytes != out.nbytes:
         raise engine_error(f"ggml: quantised {n_bytes} bytes, not {out.nbytes}")
     return out
+
+
+def dequantize(raw: NDArray[np.uint8], ggml_type: int, n_per_row: int) -> NDArray[np.float32]:
+    """Decode rows of any type this package knows.
+
+    Args:
+        raw: ``(n_rows, row_bytes)``, C-contiguous.
+        ggml_type: What the rows are.
+        n_per_row: Elements per row.
+
+    Returns:
+        ``(n_rows, n_per_row)``.
+
+    Raises:
+        EngineError: The installed ggml cannot decode the type.
+    """
+    raw = np.ascontiguousarray(raw)
+    if ggml_type == GGMLType.F32:
+        return raw.view(np.float32)
+    traits = ctypes.cast(_lib().ggml_get_type_traits(ggml_type), ctypes.POINTER(_TypeTraits))
+    to_float = traits.contents.to_float
+    if not to_float:
+        raise engine_error(f"ggml: cannot decode type {ggml_type}")
+    out = np.empty((raw.shape[0], n_per_row), np.float32)
+    to_float(_pointer(raw), _pointer(out), out.size)
+    return out
+
+
+class _TypeTraits(ctypes.Structure):
+    """ggml.h, ``struct ggml_type_traits``, up to the field that is used."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
 
 
 def _pointer(array: NDArray[np.generic]) -> ctypes.c_void_p:
@@ -109,6 +156,7 @@ def _lib() -> ctypes.CDLL:
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "ggml_blck_size": (i64, [enum]),
         "ggml_row_size": (size, [enum, i64]),
+        "ggml_get_type_traits": (pointer, [enum]),
         "ggml_quantize_chunk": (size, [enum, pointer, pointer, i64, i64, i64, pointer]),
         "ggml_bf16_to_fp32_row": (None, [pointer, pointer, i64]),
         "ggml_fp16_to_fp32_row": (None, [pointer, pointer, i64]),

@@ -1,0 +1,82 @@
+"""``autoglm-gguf verify``: how close a GGUF model is to the checkpoint it was made from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from autoglm_gguf.cli import output
+from autoglm_gguf.errors import VerificationError
+from autoglm_gguf.evaluate.parity import Report, verify, verify_against
+from autoglm_gguf.evaluate.weights import TensorDifference
+from autoglm_gguf.hub import resolve_pair
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the command."""
+    parser = commands.add_parser("verify", help="compare a GGUF model with its checkpoint")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Hugging Face directory")
+    parser.add_argument("model", metavar="MODEL", help="text GGUF, or a directory with one")
+    parser.add_argument("--mmproj", metavar="FILE", help="vision tower (default: beside MODEL)")
+    parser.add_argument(
+        "--against", metavar="GGUF", help="compare MODEL with this text GGUF instead"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compare, print the tables, and fail if a threshold is missed."""
+    text, mmproj = resolve_pair(arguments.model, arguments.mmproj or "auto")
+    if arguments.against is not None:
+        report = verify_against(text, Path(arguments.against), on_tensor=_progress)
+    else:
+        report = verify(Path(arguments.checkpoint), text, mmproj, on_tensor=_progress)
+    if arguments.json:
+        output.write_json({**asdict(report), "passed": report.passed})
+    else:
+        _print(report)
+    if not report.passed:
+        missed = ", ".join(o.what for o in report.outputs if not o.passed)
+        raise VerificationError(
+            f"{text.name}: outside its thresholds ({missed})",
+            hint="convert the checkpoint again; if it stays, please report it",
+        )
+
+
+def _print(report: Report) -> None:
+    output.write(f"{'weights':<12} {'tensors':>8} {'max abs':>10} {'rel. rmse':>10} {'cosine':>11}")
+    kinds: dict[str, list[TensorDifference]] = {}
+    for tensor in report.weights:
+        kinds.setdefault(tensor.type_name, []).append(tensor)
+    for kind, tensors in kinds.items():
+        output.write(
+            f"{kind:<12} {len(tensors):>8} {max(t.max_abs for t in tensors):>10.3g} "
+            f"{max(t.relative_rmse for t in tensors):>10.3g} "
+            f"{min(t.cosine for t in tensors):>11.7f}"
+        )
+    if report.outputs:
+        output.write()
+        output.write(
+            f"{'outputs':<22} {'n':>5} {'rel. max abs':>13} {'cosine':>10} {'KL':>10} "
+            f"{'same top':>9}"
+        )
+    for o in report.outputs:
+        kl = "" if o.kl_divergence is None else f"{o.kl_divergence:.3g}"
+        same = "" if o.same_top is None else f"{o.same_top:.1%}"
+        verdict = f"  {'ok' if o.passed else 'MISSED'}: {o.required}" if o.required else ""
+        output.write(
+            f"{o.what:<22} {o.n_positions:>5} {o.relative_max_abs:>13.3g} {o.lowest_cosine:>10.7f} "
+            f"{kl:>10} {same:>9}{verdict}"
+        )
+    for reason in report.unchecked:
+        output.write(f"not checked: {reason}")
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        output.note(f"\r\x1b[Kweights: {done} of {total} tensors", end="")
+        if done == total:
+            output.note("")

@@ -1,0 +1,1 @@
+"""How close a converted model is to the original: weights without torch, logits with it."""

@@ -1,0 +1,296 @@
+"""`verify`: the same inputs through the original and the GGUF pair, and how far the outputs differ.
+
+Weights are compared at any size and without torch; logits and image embeddings where torch and
+transformers are installed. What could not be checked is part of the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_gguf.config import ContextParams
+from autoglm_gguf.engine.base import ImageEmbedding
+from autoglm_gguf.engine.llama import LlamaEngine
+from autoglm_gguf.errors import NativeLibraryError, UnsupportedModelError
+from autoglm_gguf.evaluate.weights import TensorDifference, compare_files, compare_with_checkpoint
+from autoglm_gguf.gguf import names
+from autoglm_gguf.gguf.header import read_header
+from autoglm_gguf.messages import ImagePart, Message, TextPart
+from autoglm_gguf.prompt import render_prompt
+from autoglm_gguf.vision import Pixels, read_pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from autoglm_gguf.evaluate.original import OriginalModel
+
+PROMPTS = (
+    "打开微信",
+    "Open Chrome and search for the weather in Paris, then go back to the home screen.",
+    "def area(r):\n    return 3.14159 * r ** 2  # 圆的面积 🎉",
+    "今天的日期是: 2026年11月22日 星期日\n你是手机操作助手。\n在设置里打开蓝牙，等待3秒。",
+)
+IMAGE_SIZES = ((336, 448), (500, 777))
+_N_BATCH = 256
+# Lowest cosine of logits over positions that a file of each type must reach; measured, see
+# docs/reference/verify.md. Types not listed have no threshold: the figures are shown alone.
+LOWEST_COSINE = {"F32": 0.99999, "F16": 0.9999, "BF16": 0.999, "Q8_0": 0.999, "Q4_0": 0.98}
+F32_RELATIVE_MAX_ABS = 1e-5
+LOWEST_EMBEDDING_COSINE = {"F32": 0.9999, "F16": 0.9999, "BF16": 0.999, "Q8_0": 0.999, "Q4_0": 0.97}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDifference:
+    """How far one kind of output is from the original, over all inputs."""
+
+    what: str
+    """``text logits``, ``image embeddings`` or ``image and text logits``."""
+    n_positions: int
+    max_abs: float
+    relative_max_abs: float
+    """``max_abs`` over the largest absolute value of the original's output."""
+    lowest_cosine: float
+    """Over positions."""
+    kl_divergence: float | None
+    """Mean over positions, original against ours, nats; None for embeddings."""
+    same_top: float | None
+    """Share of positions with the same most probable token; None for embeddings."""
+    required: str
+    """The thresholds, as text; empty if there is none for the file's type."""
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything `verify` found."""
+
+    weights: tuple[TensorDifference, ...]
+    outputs: tuple[OutputDifference, ...]
+    unchecked: tuple[str, ...]
+    """What was not compared, and why."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is within its threshold."""
+        return all(output.passed for output in self.outputs)
+
+
+def verify(
+    checkpoint: Path,
+    text: Path,
+    mmproj: Path | None,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Compare a GGUF pair with the checkpoint it was made from.
+
+    Args:
+        checkpoint: The published directory.
+        text: The text GGUF.
+        mmproj: Its vision tower; None leaves the tower out, and the report says so.
+        prompts: User messages for the logits.
+        on_tensor: Told ``(done, total)`` while weights are compared.
+
+    Raises:
+        CheckpointError: The checkpoint is broken.
+        GGUFError: A file is broken, or was not made from this checkpoint.
+    """
+    weights = compare_with_checkpoint(checkpoint, text, mmproj, on_tensor=on_tensor)
+    unchecked = [] if mmproj is not None else ["vision tower: no mmproj was given or found"]
+    outputs: list[OutputDifference] = []
+    try:
+        from autoglm_gguf.evaluate.original import OriginalModel
+
+        with OriginalModel(checkpoint) as original:
+            outputs = list(_compare_outputs(original, text, mmproj, prompts))
+    except (NativeLibraryError, UnsupportedModelError) as error:
+        unchecked.append(f"logits and image embeddings: {error.message}")
+    return Report(tuple(weights), tuple(outputs), tuple(unchecked))
+
+
+def verify_against(
+    ours: Path, against: Path, *, on_tensor: Callable[[int, int], None] | None = None
+) -> Report:
+    """Compare two GGUF text files: weights, and logits on `PROMPTS`.
+
+    Raises:
+        GGUFError: A file is broken, or they hold different tensors.
+    """
+    weights = compare_files(ours, against, on_tensor=on_tensor)
+    first, second = _open(ours, None), _open(against, None)
+    try:
+        pairs = []
+        for ids in _prompt_ids(first, PROMPTS):
+            pairs.append((_logits(first, ids), _logits(second, ids)))
+        output = _difference("text logits", pairs, _type_of(ours))
+    finally:
+        first.close()
+        second.close()
+    unchecked = ("vision tower: two text files were compared",)
+    return Report(tuple(weights), (output,), unchecked)
+
+
+def _compare_outputs(
+    original: OriginalModel, text: Path, mmproj: Path | None, prompts: Sequence[str]
+) -> Iterator[OutputDifference]:
+    engine = _open(text, mmproj)
+    try:
+        pairs = [
+            (_logits(engine, ids), original.logits(ids)) for ids in _prompt_ids(engine, prompts)
+        ]
+        yield _difference("text logits", pairs, _type_of(text))
+        if mmproj is not None and engine.info.vision is not None:
+            yield from _compare_images(original, engine, text, mmproj)
+    finally:
+        engine.close()
+
+
+def _compare_images(
+    original: OriginalModel, engine: LlamaEngine, text: Path, mmproj: Path
+) -> Iterator[OutputDifference]:
+    embeddings, logits = [], []
+    assert engine.info.vision is not None
+    for size in IMAGE_SIZES:
+        image = _test_image(size)
+        inputs = original.pixels(image)
+        pixels = read_pixels(image, engine.info.vision)
+        encoded = engine.encode_image(pixels.array, pixels.grid)
+        embeddings.append((encoded.data, original.embed(inputs)))
+        head, tail = _image_prompt(engine)
+        ids = [*head, *[original.image_token_id] * pixels.n_tokens, *tail]
+        expected = original.logits(ids, inputs)
+        logits.append((_image_logits(engine, head, encoded, tail), _cut(expected, head, pixels)))
+    yield _difference("image embeddings", embeddings, _type_of(mmproj), of_logits=False)
+    worse = min(_type_of(text), _type_of(mmproj), key=lambda kind: LOWEST_COSINE.get(kind, 0))
+    yield _difference("image and text logits", logits, worse, exact=False)
+
+
+def _cut(logits: NDArray[np.float32], head: list[int], pixels: Pixels) -> NDArray[np.float32]:
+    """Positions of the text only; llama.cpp gives none inside an image."""
+    after = len(head) + pixels.n_tokens
+    return np.concatenate([logits[: len(head)], logits[after:]])
+
+
+def _image_logits(
+    engine: LlamaEngine, head: list[int], image: ImageEmbedding, tail: list[int]
+) -> NDArray[np.float32]:
+    before = _logits(engine, head)
+    engine.eval_image(image)
+    return np.concatenate([before, _logits(engine, tail, reset=False)])
+
+
+def _image_prompt(engine: LlamaEngine) -> tuple[list[int], list[int]]:
+    message = Message("user", (ImagePart(b""), TextPart(PROMPTS[0])))
+    template = engine.info.chat_template or "<|begin_of_image|><|image|><|end_of_image|>"
+    head, tail = render_prompt([message], template).segments
+    return engine.tokenize(head), engine.tokenize(tail)
+
+
+def _prompt_ids(engine: LlamaEngine, prompts: Sequence[str]) -> list[list[int]]:
+    template = engine.info.chat_template
+    if template is None:
+        return [engine.tokenize(prompt) for prompt in prompts]
+    messages = ([Message("user", prompt)] for prompt in prompts)
+    return [engine.tokenize(render_prompt(m, template).text) for m in messages]
+
+
+def _open(text: Path, mmproj: Path | None) -> LlamaEngine:
+    """f32 cache and no fused attention: what is left of the difference is the weights'."""
+    params = ContextParams(
+        n_ctx=4096, n_batch=_N_BATCH, type_k="f32", type_v="f32", flash_attn=False
+    )
+    return LlamaEngine(text, mmproj, params, n_outputs_max=_N_BATCH)
+
+
+def _logits(engine: LlamaEngine, ids: list[int], *, reset: bool = True) -> NDArray[np.float32]:
+    """``(n_tokens, n_vocab)``, batch by batch."""
+    if reset:
+        engine.reset()
+    rows: list[NDArray[np.float32]] = []
+    for at in range(0, len(ids), _N_BATCH):
+        part = ids[at : at + _N_BATCH]
+        engine.eval_tokens(part, n_outputs=len(part))
+        rows += [engine.logits(i) for i in range(len(part))]
+    return np.stack(rows)
+
+
+def _difference(
+    what: str,
+    pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]],
+    kind: str,
+    *,
+    of_logits: bool = True,
+    exact: bool = True,
+) -> OutputDifference:
+    ours = np.concatenate([pair[0] for pair in pairs]).astype(np.float64)
+    theirs = np.concatenate([pair[1] for pair in pairs]).astype(np.float64)
+    max_abs = float(np.abs(ours - theirs).max())
+    relative = max_abs / float(np.abs(theirs).max())
+    norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
+    cosine = float(((ours * theirs).sum(-1) / norms).min())
+    required, passed = [], True
+    limit = (LOWEST_COSINE if of_logits else LOWEST_EMBEDDING_COSINE).get(kind)
+    if limit is not None:
+        limit = min(limit, 0.9999) if not exact else limit
+        required.append(f"cosine >= {limit}")
+        passed = cosine >= limit
+    if kind == "F32" and of_logits and exact:
+        required.append(f"relative max abs <= {F32_RELATIVE_MAX_ABS:g}")
+        passed = passed and relative <= F32_RELATIVE_MAX_ABS
+    return OutputDifference(
+        what,
+        len(ours),
+        max_abs,
+        relative,
+        cosine,
+        kl_divergence(theirs, ours) if of_logits else None,
+        float((ours.argmax(-1) == theirs.argmax(-1)).mean()) if of_logits else None,
+        ", ".join(required),
+        passed,
+    )
+
+
+def kl_divergence(base: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Mean KL divergence of ``other`` from ``base`` over rows of logits, in nats."""
+    p, q = _log_softmax(base), _log_softmax(other)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def _type_of(path: Path) -> str:
+    """The ggml type that most of a file's bytes have."""
+    sizes: dict[str, int] = {}
+    header = read_header(path)
+    for tensor in header.tensors.values():
+        sizes[tensor.type_name] = sizes.get(tensor.type_name, 0) + tensor.n_bytes
+    if header.metadata.get(names.TYPE) == "mmproj" and len(sizes) > 1:
+        sizes.pop("F32", None)  # kernels and positions of a small tower may outweigh its matrices
+    return max(sizes, key=lambda kind: sizes[kind])
+
+
+def _test_image(size: tuple[int, int]) -> Image:
+    """A drawn screen: flat areas, edges and a gradient, the same every time."""
+    from PIL import Image as PILImage
+    from PIL import ImageDraw
+
+    width, height = size
+    ramp = np.linspace(40, 220, height).astype(np.uint8)
+    image = PILImage.fromarray(np.repeat(ramp[:, None], width, 1)).convert("RGB")
+    draw = ImageDraw.Draw(image)
+    colours = ((230, 60, 50), (40, 120, 240), (30, 170, 110), (245, 170, 40))
+    for index, colour in enumerate(colours):
+        top = height * (2 * index + 1) // 9
+        draw.rounded_rectangle((width // 8, top, width * 7 // 8, top + height // 10), 12, colour)
+    return image

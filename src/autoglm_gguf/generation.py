@@ -1,0 +1,130 @@
+"""One answer: prefill, sampling, text, and when it ends.
+
+Knows an engine and a checked request; knows nothing of messages, templates or threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from autoglm_gguf.config import SamplingParams
+from autoglm_gguf.engine.base import Engine, Sampler
+from autoglm_gguf.gguf.names import END_OF_ANSWER
+from autoglm_gguf.messages import Chunk, FinishReason, Timings, Usage
+from autoglm_gguf.stream import TextStream
+from autoglm_gguf.vision import Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked request: ``segments[0] images[0] segments[1] …``."""
+
+    segments: tuple[tuple[int, ...], ...]
+    images: tuple[Pixels, ...]
+    params: SamplingParams
+
+    @property
+    def n_prompt(self) -> int:
+        """KV cells of the prompt: text tokens plus image tokens."""
+        return sum(map(len, self.segments)) + sum(image.n_tokens for image in self.images)
+
+
+class Run:
+    """One answer being generated.
+
+    Args:
+        engine: Held exclusively by the caller.
+        request: Fits the engine's context.
+        stopped: Set from any thread, it ends the answer after the current batch or token.
+    """
+
+    def __init__(self, engine: Engine, request: Request, stopped: threading.Event) -> None:
+        self._engine, self._request, self._stopped = engine, request, stopped
+        self._text = TextStream((*request.params.stop, END_OF_ANSWER))
+        self._sampler: Sampler | None = None
+        self._timings = Timings()
+        self._n_predicted = 0
+        self._predicted_ms = self._ttft_ms = 0.0
+        self._began = time.perf_counter()
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Evaluate the prompt, then sample to the end; the last chunk has a finish_reason."""
+        if not self._prefill():
+            yield self._last("", (), "cancelled")
+            return
+        self._sampler = self._engine.open_sampler(self._request.params)
+        pending: list[int] = []
+        first = 0.0
+        while True:
+            token = self._sampler.sample()
+            self._n_predicted += 1
+            pending.append(token)
+            now = time.perf_counter()
+            first = first or now
+            self._predicted_ms, self._ttft_ms = 1000 * (now - first), 1000 * (first - self._began)
+            ended = token in self._engine.info.stop_ids
+            shown = "" if ended else self._text.push(self._engine.token_bytes(token))
+            reason = self._reason(ended or self._text.stopped)
+            if reason is not None:
+                yield self._last(shown, tuple(pending), reason)
+                return
+            if shown:
+                yield Chunk(shown, tuple(pending))
+                pending.clear()
+            self._engine.eval_tokens([token])
+
+    def _reason(self, ended: bool) -> FinishReason | None:
+        if ended:
+            return "stop"
+        if self._stopped.is_set():
+            return "cancelled"
+        limit = self._request.params.max_tokens
+        used = self._request.n_prompt + self._n_predicted
+        if self._n_predicted == limit or used > self._engine.info.n_ctx:
+            return "length"
+        return None
+
+    def _prefill(self) -> bool:
+        """Evaluate the prompt; False if it was cancelled on the way."""
+        engine, step = self._engine, self._engine.n_batch
+        engine.reset()
+        image_ms = 0.0
+        for index, segment in enumerate(self._request.segments):
+            for at in range(0, len(segment), step):
+                if self._stopped.is_set():
+                    return False
+                engine.eval_tokens(segment[at : at + step])
+            if index < len(self._request.images):
+                if self._stopped.is_set():
+                    return False
+                image = self._request.images[index]
+                began = time.perf_counter()
+                embedding = engine.encode_image(image.array, image.grid)
+                image_ms += 1000 * (time.perf_counter() - began)
+                if self._stopped.is_set():
+                    return False
+                engine.eval_image(embedding)
+        total_ms = 1000 * (time.perf_counter() - self._began)
+        n_prompt = self._request.n_prompt
+        self._timings = Timings(image_ms, prompt_n=n_prompt, prompt_ms=total_ms - image_ms)
+        return True
+
+    def _last(self, shown: str, tokens: tuple[int, ...], reason: FinishReason) -> Chunk:
+        n_image = sum(image.n_tokens for image in self._request.images)
+        usage = Usage(self._request.n_prompt, self._n_predicted, n_image)
+        timings = replace(
+            self._timings,
+            predicted_n=self._n_predicted,
+            predicted_ms=self._predicted_ms,
+            ttft_ms=self._ttft_ms,
+        )
+        return Chunk(shown + self._text.finish(), tokens, reason, usage, timings)
+
+    def close(self) -> None:
+        """Release the sampler."""
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None

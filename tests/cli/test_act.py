@@ -1,0 +1,99 @@
+"""``act`` on a real pair whose answer is known."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from builders import Shape, build_checkpoint
+from PIL import Image
+
+from autoglm_gguf import convert
+from autoglm_gguf.cli.main import main
+
+pytestmark = pytest.mark.native
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def screen(tmp_path: Path) -> Path:
+    Image.new("RGB", (112, 168), "red").save(tmp_path / "screen.png")
+    return tmp_path / "screen.png"
+
+
+def test_act_prints_the_action_to_stdout_and_the_thinking_to_stderr(
+    acting_model: Path, screen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--task", "打开微信", "--screenshot", str(screen), "--n-threads", "1"]
+    assert main(["act", str(acting_model), *options]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == 'do(action="Launch", app="微信")\n'
+    assert "thinking: 在桌面" in printed.err
+
+
+def test_act_prints_json(run: Run, acting_model: Path, screen: Path) -> None:
+    options = ["--screenshot", screen, "--no-system", "--n-threads", 1, "--json"]
+    result = run("act", acting_model, "--task", "打开微信", *options)
+    assert result.returncode == 0, result.stderr
+    step = json.loads(result.stdout)
+    assert step["thinking"] == "在桌面"
+    assert step["action"] == {"name": "Launch", "app": "微信"}
+    assert step["rendered"] == 'do(action="Launch", app="微信")'
+    assert step["usage"]["image_tokens"] == 24
+    assert step["usage"]["completion_tokens"] == 7
+
+
+def test_act_without_an_action_exits_with_1(
+    endless_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["act", str(endless_model), "--task", "t", "--max-tokens", "5"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "error: answer: no do(...) or finish(...)" in printed.err
+    assert "hint: " in printed.err
+
+
+@pytest.mark.parametrize(
+    ("screenshot", "options", "named"),
+    [
+        ("nowhere.png", [], "nowhere.png"),
+        ("text.png", [], "text.png: not an image"),
+        ("screen.png", ["--n-ctx", "64"], "does not fit the context"),
+    ],
+)
+def test_act_names_what_is_wrong_with_the_request(
+    acting_model: Path,
+    screen: Path,
+    screenshot: str,
+    options: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (screen.parent / "text.png").write_text("no image")
+    path = str(screen.parent / screenshot)
+    assert main(["act", str(acting_model), "--task", "t", "--screenshot", path, *options]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert named in printed.err
+    assert "hint: " in printed.err
+
+
+def test_act_refuses_a_screenshot_when_the_model_takes_none(
+    acting_model: Path, screen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / acting_model.name).write_bytes(acting_model.read_bytes())
+    assert main(["act", str(alone), "--task", "t", "--screenshot", str(screen)]) == 1
+    assert "takes no images" in capsys.readouterr().err
+
+
+def test_act_refuses_the_mmproj_of_another_model(
+    acting_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = convert(build_checkpoint(tmp_path / "other", Shape(seed=2)), tmp_path).mmproj
+    assert main(["act", str(acting_model), "--task", "t", "--mmproj", str(other)]) == 1
+    assert f"{other.name}: mmproj of another checkpoint" in capsys.readouterr().err

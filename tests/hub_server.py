@@ -7,6 +7,7 @@ sends, and can be told to misbehave.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -24,10 +25,12 @@ COMMIT = "c0ffee" + "0" * 34
 _IDLE_SECONDS = 30  # no handler thread outlives a forgotten connection for longer
 
 
+@functools.cache
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+@functools.cache
 def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 

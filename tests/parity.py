@@ -1,4 +1,4 @@
-"""The original side of each comparison: transformers in f32, and the pair made from the same files."""
+"""The original side of each comparison: transformers in f32, and helpers for both sides."""
 
 from __future__ import annotations
 

@@ -526,7 +526,7 @@ def test_index_that_names_a_shard_the_repo_lacks_is_told(hub: Hub) -> None:
         pull(REPO)
 
 
-@pytest.mark.parametrize("shard", ["../../escaped", "/etc/passwd", "", ".", "a\\b", 7])
+@pytest.mark.parametrize("shard", ["../../escaped", "/etc/passwd", "", ".", "a\\b", 7, ["x"], None])
 def test_index_that_points_outside_is_refused(hub: Hub, shard: object) -> None:
     hub.repos[REPO].files[INDEX] = json.dumps({"weight_map": {"x": shard}}).encode()
     with pytest.raises(CheckpointError, match="weight_map"):

@@ -318,10 +318,10 @@ def _is_needed(name: str) -> bool:
 
 def _shard_names(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and _is_plain(name) for name in names):
         raise CheckpointError(f"{INDEX}: its weight_map does not name shards beside it")
-    return sorted(names)
+    return sorted(set(names))
 
 
 def _is_plain(name: str) -> bool:

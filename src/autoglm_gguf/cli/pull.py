@@ -29,7 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         output.note("\nwhat came so far is kept; the same command goes on from there")
         raise
-    sizes = {path.name: path.stat().st_size for path in sorted(snapshot.iterdir())}
+    found = sorted(path for path in snapshot.iterdir() if path.is_file())
+    sizes = {path.name: path.stat().st_size for path in found}
     if arguments.json:
         output.write_json(
             {

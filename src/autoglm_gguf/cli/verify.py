@@ -11,13 +11,13 @@ from autoglm_gguf.cli import output
 from autoglm_gguf.errors import VerificationError
 from autoglm_gguf.evaluate.parity import Report, verify, verify_against
 from autoglm_gguf.evaluate.weights import TensorDifference
-from autoglm_gguf.hub import resolve_pair
+from autoglm_gguf.hub import resolve_checkpoint, resolve_pair
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the command."""
     parser = commands.add_parser("verify", help="compare a GGUF model with its checkpoint")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Hugging Face directory")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Hugging Face directory or repo id")
     parser.add_argument("model", metavar="MODEL", help="text GGUF, or a directory with one")
     parser.add_argument("--mmproj", metavar="FILE", help="vision tower (default: beside MODEL)")
     parser.add_argument(
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.against is not None:
         report = verify_against(text, Path(arguments.against), on_tensor=_progress)
     else:
-        report = verify(Path(arguments.checkpoint), text, mmproj, on_tensor=_progress)
+        report = verify(resolve_checkpoint(arguments.checkpoint), text, mmproj, on_tensor=_progress)
     if arguments.json:
         output.write_json({**asdict(report), "passed": report.passed})
     else:

@@ -17,7 +17,7 @@ from autoglm_gguf.hub import resolve_checkpoint, resolve_pair
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the command."""
     parser = commands.add_parser("verify", help="compare a GGUF model with its checkpoint")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Hugging Face directory or repo id")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or repo id")
     parser.add_argument("model", metavar="MODEL", help="text GGUF, or a directory with one")
     parser.add_argument("--mmproj", metavar="FILE", help="vision tower (default: beside MODEL)")
     parser.add_argument(

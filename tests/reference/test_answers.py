@@ -14,24 +14,41 @@ from autoglm_gguf import AutoGLM
 pytestmark = [pytest.mark.reference, pytest.mark.native, pytest.mark.slow]
 
 MAX_TOKENS = 96
+BATCH = 24
 
 
 def original_answers(original: Original, items: list[dict[str, Any]]) -> list[str]:
-    """Greedy answers in f32, one by one; without the stop token."""
+    """Greedy answers in f32, without the stop token; in batches of similar length."""
     import torch
 
-    eos = original.model.generation_config.eos_token_id
-    answers = []
-    for item in items:
-        prompt = original.tokenizer.apply_chat_template(
-            item["messages"], tokenize=False, add_generation_prompt=True
+    tokenizer, model = original.tokenizer, original.model
+    eos = model.generation_config.eos_token_id
+    prompts = [
+        tokenizer.apply_chat_template(item["messages"], tokenize=False, add_generation_prompt=True)
+        for item in items
+    ]
+    order = sorted(range(len(items)), key=lambda index: len(prompts[index]))
+    answers = [""] * len(items)
+    tokenizer.padding_side = "left"
+    for at in range(0, len(order), BATCH):
+        part = order[at : at + BATCH]
+        inputs = tokenizer(
+            [prompts[index] for index in part],
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
         )
-        ids = original.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         with torch.no_grad():
-            out = original.model.generate(
-                input_ids=ids, max_new_tokens=MAX_TOKENS, do_sample=False, eos_token_id=eos
-            )[0, ids.shape[1] :].tolist()
-        answers.append(original.tokenizer.decode([t for t in out if t not in eos]))
+            out = model.generate(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                max_new_tokens=MAX_TOKENS,
+                do_sample=False,
+                eos_token_id=eos,
+            )[:, inputs.input_ids.shape[1] :].tolist()
+        for index, tokens in zip(part, out, strict=True):
+            end = next((n for n, token in enumerate(tokens) if token in eos), len(tokens))
+            answers[index] = tokenizer.decode(tokens[:end])
     return answers
 
 

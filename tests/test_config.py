@@ -108,3 +108,19 @@ def test_sampling_params_refuse_stops_that_are_no_strings(stop: Any) -> None:
 def test_params_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         ContextParams().n_ctx = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "values", [{"max_tokens": 1.5}, {"top_k": float("inf")}, {"seed": "1"}, {"temperature": "hot"}]
+)
+def test_sampling_params_of_a_wrong_type_name_the_argument(values: dict[str, object]) -> None:
+    (name,) = values
+    with pytest.raises(TypeError, match=name):
+        SamplingParams(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("values", [{"n_ctx": 64.0}, {"flash_attn": "no"}, {"n_threads": True}])
+def test_context_params_of_a_wrong_type_name_the_argument(values: dict[str, object]) -> None:
+    (name,) = values
+    with pytest.raises(TypeError, match=name):
+        ContextParams(**values)  # type: ignore[arg-type]

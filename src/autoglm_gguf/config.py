@@ -36,6 +36,9 @@ class ContextParams:
     """Upper bound for one image; None leaves the model's own."""
 
     def __post_init__(self) -> None:
+        _check_ints(self, "n_ctx", "n_gpu_layers", "n_threads", "n_batch", "max_image_tokens")
+        if not isinstance(self.flash_attn, bool):
+            raise TypeError(f"flash_attn {self.flash_attn!r}: not True or False")
         if not 8 <= self.n_ctx <= 2**20:
             raise ValueError(f"n_ctx {self.n_ctx}: not in 8..{2**20}")
         if not -1 <= self.n_gpu_layers <= 10_000:
@@ -80,6 +83,7 @@ class SamplingParams:
     """Strings that end the answer; they are not part of it."""
 
     def __post_init__(self) -> None:
+        _check_ints(self, "max_tokens", "top_k", "seed")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens {self.max_tokens}: at least 1")
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -92,10 +96,19 @@ class SamplingParams:
             raise ValueError(f"top_k {self.top_k}: at least 0 (0 switches it off)")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed {self.seed}: not in 0..{MAX_SEED}")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError("stop: a tuple of strings that are not empty")
 
 
+def _check_ints(values: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(values, field)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"{field} {value!r}: not an int")
+
+
 def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} {value!r}: not a number")
     if not low <= value <= high:  # also refuses NaN
         raise ValueError(f"{name} {value}: not in {low:g}..{high:g}")

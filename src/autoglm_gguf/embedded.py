@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from autoglm_gguf.checkpoint.safetensors import Shards
 from autoglm_gguf.conversion.pipeline import ModelPair, convert
 from autoglm_gguf.conversion.recipe import parse_outtype
-from autoglm_gguf.errors import GGUFError
+from autoglm_gguf.errors import ConversionError, GGUFError
 from autoglm_gguf.gguf.describe import describe_pair
 from autoglm_gguf.gguf.names import MMPROJ_PREFIX
 from autoglm_gguf.hub import EMBEDDED, cache_directory, embedded_checkpoint
@@ -35,4 +37,15 @@ def default_pair(outtype: str = "q8_0", *, on_progress: OnProgress | None = None
         describe_pair(pair.text, pair.mmproj)
         return pair
     except GGUFError:  # absent, or damaged since
-        return convert(checkpoint, directory, kind.name, name=EMBEDDED, on_progress=on_progress)
+        return _convert(checkpoint, directory, kind.name, name=EMBEDDED, on_progress=on_progress)
+
+
+def _convert(
+    checkpoint: Path, directory: Path, outtype: str, *, name: str, on_progress: OnProgress | None
+) -> ModelPair:
+    try:
+        return convert(checkpoint, directory, outtype, name=name, on_progress=on_progress)
+    except ConversionError as error:
+        raise ConversionError(
+            error.message, hint="set AUTOGLM_GGUF_CACHE to a directory that can be written"
+        ) from error

@@ -130,6 +130,7 @@ def open_image(source: ImageSource) -> Image:
         ImageError: See `read_pixels`.
     """
     from PIL import Image as PILImage
+    from PIL import UnidentifiedImageError
 
     label, data = ("image", b"") if isinstance(source, PILImage.Image) else _read_source(source)
     try:
@@ -140,7 +141,9 @@ def open_image(source: ImageSource) -> Image:
     except ImageError:
         raise
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
-        raise _wrong_size(label, str(error)) from error
+        raise _wrong_size(label, "more than Pillow opens") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{label}: not an image", hint="give a PNG or JPEG file") from error
     except Exception as error:  # Pillow's decoders raise nearly everything on broken files
         raise ImageError(
             f"{label}: not an image that can be read ({error})", hint="give a PNG or JPEG file"

@@ -158,7 +158,7 @@ def test_chat_keeps_the_part_on_ctrl_c(capsys: pytest.CaptureFixture[str]) -> No
                 raise KeyboardInterrupt
             return super().token_bytes(token)
 
-    messages = converse("one?", "/show", engine=InterruptedEngine(b"part! rest"))
+    messages = converse("one?", "/show", engine=InterruptedEngine(b"part! rest"), interactive=True)
     assert [m.content for m in messages] == ["S", "one?", "part"]
     printed = capsys.readouterr()
     assert printed.out.startswith("part")
@@ -295,3 +295,42 @@ def test_chat_at_a_terminal_stops_on_ctrl_c_and_leaves_on_ctrl_d(
         screen.type(b"\x04")
         assert screen.process.wait(timeout=30) == 0
     assert "hello" in (tmp_path / "cache" / "chat_history").read_text("utf-8")
+
+
+def test_chat_piped_tells_the_exit_code_when_a_message_was_refused() -> None:
+    model = AutoGLM(FakeEngine(b"yes", n_ctx=100))
+    talk = Conversation(model, model.chat(), {})
+    talk.loop(scripted(["far too long " * 9, "ok?"]))
+    assert talk.failed
+
+
+def test_chat_piped_is_interrupted_as_a_whole() -> None:
+    class InterruptedEngine(FakeEngine):
+        def token_bytes(self, token: int) -> bytes:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converse("one?", engine=InterruptedEngine(b"part"))
+
+
+def test_chat_says_that_nothing_was_kept_when_stopped_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class InterruptedEngine(FakeEngine):
+        def token_bytes(self, token: int) -> bytes:
+            raise KeyboardInterrupt
+
+    converse("one?", engine=InterruptedEngine(b"part"), interactive=True)
+    assert "nothing was said yet" in capsys.readouterr().err
+
+
+def test_chat_takes_bytes_that_are_no_text(random_pair: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-m", "autoglm_gguf", "chat", str(random_pair[0])]
+    done = subprocess.run(
+        [*command, "--max-tokens", "2"],
+        input=b"\xff\xfe\nhello\n",
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(b"context left") == 2

@@ -247,3 +247,20 @@ def test_value_beyond_f16_is_an_error_for_f16_only(tmp_path: Path) -> None:
         convert(directory, tmp_path / "out", "f16")
     assert "bf16" in caught.value.hint
     convert(directory, tmp_path / "out", "bf16")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_types": ["no_such_tensor=q8_0"]},
+        {"n_threads": 0},
+        {"n_threads": 100_000},
+        {"name": ".."},
+        {"outdir": ""},
+    ],
+)
+def test_convert_refuses_arguments_that_mean_nothing(
+    wide: Path, tmp_path: Path, options: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match=next(iter(options)).split("_")[0]):
+        convert(wide, **{"outdir": tmp_path, "outtype": "q4_0", **options})  # type: ignore[arg-type]

@@ -6,9 +6,13 @@ Reading lines, commands and drawing; the conversation itself is `ChatSession`.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from autoglm_gguf.cli import options, output
@@ -46,7 +50,39 @@ def run(arguments: argparse.Namespace) -> None:
         talk = Conversation(model, session, sampling, as_json=arguments.json)
         if arguments.image is not None:
             talk.handle(f"/image {arguments.image}")
-        talk.loop(open_reader(interactive=sys.stdin.isatty()))
+        reader = open_reader(interactive=sys.stdin.isatty())
+        if reader.interactive or not talk.failed:
+            talk.loop(reader)
+    if talk.failed and not reader.interactive:
+        raise ConversationFailedError("chat: not every message was answered")
+
+
+class ConversationFailedError(AutoGLMError):
+    """A piped conversation in which a message or an image was refused; each was told then."""
+
+
+@contextlib.contextmanager
+def _ctrl_c_cancels(model: AutoGLM, interactive: bool) -> Iterator[list[int]]:
+    """While an answer runs, Ctrl-C cancels it; a second press interrupts at once.
+
+    An exception raised inside llama.cpp's callbacks would be swallowed there.
+    """
+    presses: list[int] = []
+    if not interactive or threading.current_thread() is not threading.main_thread():
+        yield presses
+        return
+
+    def on_press(number: int, _: object) -> None:
+        if presses:
+            raise KeyboardInterrupt
+        presses.append(number)
+        model.cancel()
+
+    before = signal.signal(signal.SIGINT, on_press)
+    try:
+        yield presses
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Conversation:
@@ -70,6 +106,9 @@ class Conversation:
         self._model, self._session, self._sampling = model, session, sampling
         self._as_json = as_json
         self._image: str | None = None
+        self._interactive = True
+        self.failed = False
+        """Whether a message or an image was refused."""
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._take_image,
             "/clear": self._clear,
@@ -79,6 +118,7 @@ class Conversation:
 
     def loop(self, reader: LineReader) -> None:
         """Read and answer until the input ends or ``/exit``."""
+        self._interactive = reader.interactive
         if reader.interactive:
             output.note(f"{self._model.info.name}: /help lists the commands, Ctrl-D leaves")
         while True:
@@ -114,10 +154,13 @@ class Conversation:
         try:
             if self._model.info.vision is None:
                 output.note("error: this model takes no images; load it with its mmproj file")
+                self.failed = True
                 return
+            path = str(Path(path).expanduser())
             size = open_image(path).size
         except AutoGLMError as error:
             output.note(f"error: {error}")
+            self.failed = True
             return
         self._image = path
         output.note(f"{path}: {size[0]}x{size[1]} px, goes with the next message")
@@ -146,22 +189,34 @@ class Conversation:
         """Stream one answer; an error or Ctrl-C ends the answer, never the conversation."""
         last = Chunk("")
         said = ""
+        stopped = False
         try:
-            for last in self._session.stream(text, image=self._image, **self._sampling):
-                said += last.text
-                if not self._as_json:
-                    output.write(last.text, end="")
+            with _ctrl_c_cancels(self._model, self._interactive) as presses:
+                for last in self._session.stream(text, image=self._image, **self._sampling):
+                    said += last.text
+                    if not self._as_json:
+                        output.write(last.text, end="")
+                    if presses and last.finish_reason is None:
+                        break  # pressed before the answer began, when there was none to cancel
+                stopped = bool(presses)
         except KeyboardInterrupt:
-            output.note("\nstopped; the part above is kept")
-        except AutoGLMError as error:
+            if not self._interactive:
+                raise
+            stopped = True
+        except (AutoGLMError, ValueError) as error:
             output.note(("\n" if said else "") + f"error: {error}")
+            self.failed = True
             return
         finally:
             self._image = None if said else self._image
         if self._as_json:
             output.write_json_line(_as_json(said, last))
-        elif last.usage is not None:
-            output.write()
+            return
+        output.write()
+        if stopped:
+            kept = "the part above is kept" if said.strip() else "nothing was said yet"
+            output.note(f"stopped; {kept}")
+        if last.usage is not None:
             output.note(output.dim(self._summary(last), sys.stderr))
 
     def _summary(self, last: Chunk) -> str:

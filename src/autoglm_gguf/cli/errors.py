@@ -14,6 +14,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     TypeError: EXIT_USAGE,
     KeyboardInterrupt: EXIT_INTERRUPTED,
     BrokenPipeError: EXIT_OK,
+    OSError: EXIT_ERROR,  # a full disk behind stdout, a name that is too long
 }
 
 

@@ -5,6 +5,7 @@ One rule for both: a trailing backslash continues, a line of three quotes opens 
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class LineReader:
 def open_reader(*, interactive: bool) -> LineReader:
     """A reader for this terminal or pipe."""
     if not interactive:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # bytes that are no text spoil no later line
         return LineReader(_read_piped, interactive=False)
     try:
         return LineReader(_toolkit(), interactive=True)

@@ -76,6 +76,8 @@ def _print(report: Report) -> None:
 
 
 def _progress(done: int, total: int) -> None:
+    if done == total and not sys.stderr.isatty():
+        output.note(f"weights: {total} tensors compared; logits and images take longer")
     if sys.stderr.isatty():
         output.note(f"\r\x1b[Kweights: {done} of {total} tensors", end="")
         if done == total:

@@ -79,8 +79,12 @@ def convert(
         HubError: The repo could not be pulled.
         ConversionError: The output cannot be written, or the disk is too small.
     """
-    if name is not None and (Path(name).name != name or not name):
+    if name is not None and (Path(name).name != name or not name.strip(".")):
         raise ValueError(f"name {name!r}: not a plain file name")
+    if not str(outdir):
+        raise ValueError("outdir: empty (give . for the current directory)")
+    if n_threads is not None and not 1 <= n_threads <= 512:
+        raise ValueError(f"n_threads {n_threads}: not in 1..512")
     kind = parse_outtype(outtype)
     overrides = parse_overrides(tensor_types)
     tower_kind = parse_outtype(mmproj_outtype or kind.mmproj, mmproj=True)
@@ -102,6 +106,9 @@ def convert(
             plan_mmproj(shards.tensors, config, Recipe(tower_kind)),
         )
         check_unused(shards.tensors, config)
+        for pattern, _ in overrides:
+            if not any(pattern.search(tensor.name) for tensor in job.text):
+                raise ValueError(f"tensor type {pattern.pattern!r}: no tensor has such a name")
         target = _prepare_outdir(Path(outdir), job.n_bytes)
         return job.write(target, n_threads or usable_cores(), on_progress)
 

@@ -235,7 +235,13 @@ def test_ctrl_c_in_the_middle_leaves_a_part_that_the_next_pull_uses(
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
     }
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores SIGINT, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             assert hub.holding.wait(60)

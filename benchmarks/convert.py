@@ -68,11 +68,11 @@ class Sampler(threading.Thread):
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self._status = Path(f"/proc/{pid}/status")
-        self._stop = threading.Event()
+        self._halt = threading.Event()
         self.peaks = {"VmRSS": 0, "RssAnon": 0}
 
     def run(self) -> None:
-        while not self._stop.wait(0.01):
+        while not self._halt.wait(0.01):
             try:
                 lines = self._status.read_text().splitlines()
             except OSError:
@@ -83,7 +83,7 @@ class Sampler(threading.Thread):
                     self.peaks[key] = max(self.peaks[key], int(value.split()[0]) * 1024)
 
     def stop(self) -> dict[str, int]:
-        self._stop.set()
+        self._halt.set()
         self.join()
         return {"rss_bytes": self.peaks["VmRSS"], "anonymous_bytes": self.peaks["RssAnon"]}
 

@@ -79,20 +79,14 @@ def convert(
         HubError: The repo could not be pulled.
         ConversionError: The output cannot be written, or the disk is too small.
     """
-    if name is not None and (Path(name).name != name or not name.strip(".")):
-        raise ValueError(f"name {name!r}: not a plain file name")
-    if not str(outdir):
-        raise ValueError("outdir: empty (give . for the current directory)")
-    if n_threads is not None and not 1 <= n_threads <= 512:
-        raise ValueError(f"n_threads {n_threads}: not in 1..512")
+    _check_arguments(name, outdir, n_threads)
     kind = parse_outtype(outtype)
     overrides = parse_overrides(tensor_types)
     tower_kind = parse_outtype(mmproj_outtype or kind.mmproj, mmproj=True)
     recipe = Recipe(kind, overrides, None if imatrix is None else read_imatrix(Path(imatrix)))
     source = resolve_checkpoint(checkpoint, on_progress=on_progress)
     config = read_config(source)
-    is_spm = config.text.naming == "chatglm" and not (source / "tokenizer.json").exists()
-    vocabulary = (read_spm_vocabulary if is_spm else read_vocabulary)(source, config)
+    vocabulary = _read_vocabulary(source, config)
     base = name or Path(checkpoint).resolve().name  # a pulled repo: NAME of OWNER/NAME
     with Shards(source) as shards:
         job = _Job(
@@ -111,6 +105,22 @@ def convert(
                 raise ValueError(f"tensor type {pattern.pattern!r}: no tensor has such a name")
         target = _prepare_outdir(Path(outdir), job.n_bytes)
         return job.write(target, n_threads or usable_cores(), on_progress)
+
+
+def _check_arguments(
+    name: str | None, outdir: str | os.PathLike[str], n_threads: int | None
+) -> None:
+    if name is not None and (Path(name).name != name or not name.strip(".")):
+        raise ValueError(f"name {name!r}: not a plain file name")
+    if not str(outdir):
+        raise ValueError("outdir: empty (give . for the current directory)")
+    if n_threads is not None and not 1 <= n_threads <= 512:
+        raise ValueError(f"n_threads {n_threads}: not in 1..512")
+
+
+def _read_vocabulary(source: Path, config: ModelConfig) -> Vocabulary:
+    is_spm = config.text.naming == "chatglm" and not (source / "tokenizer.json").exists()
+    return (read_spm_vocabulary if is_spm else read_vocabulary)(source, config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import runpy
 import time
+from pathlib import Path
 
 import pytest
 
@@ -239,3 +241,9 @@ def test_parse_answer_takes_the_first_call_when_another_follows() -> None:
     assert parse_answer(text)[1] == Action("Launch", {"app": "A"})
     text = 'do(action="Tap", element=[1,2])\nfinish(message="x")'
     assert parse_action(text) == Action("Tap", {"element": (1, 2)})
+
+
+def test_system_prompts_are_those_the_embedded_model_was_trained_with() -> None:
+    path = Path(__file__).parents[1] / "models" / "autoglm-tiny" / "vocabulary.py"
+    trained = runpy.run_path(str(path))["ACTION_PROMPTS"]
+    assert trained == {"zh": SYSTEM_PROMPT_ZH, "en": SYSTEM_PROMPT_EN}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import random
 import struct
 from pathlib import Path
@@ -55,6 +56,32 @@ def test_shards_take_a_single_file_without_an_index(tmp_path: Path) -> None:
     write_safetensors(tmp_path / SINGLE, {"a": np.ones((2, 3), np.float32)}, "F32")
     with Shards(tmp_path) as shards:
         assert shards.tensors["a"].data.tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
+def test_lazy_tensor_gives_its_pages_back_and_reads_them_again(tmp_path: Path) -> None:
+    values = np.arange(2**20, dtype=np.float32).reshape(1024, 1024)
+    write_safetensors(tmp_path / SINGLE, {"a": values}, "F32")
+    with Shards(tmp_path) as shards:
+        tensor = shards.tensors["a"]
+        assert float(tensor.data.sum()) > 0
+        before = resident_bytes(tmp_path / SINGLE)
+        tensor.release(0, values.size // 2)
+        assert before - resident_bytes(tmp_path / SINGLE) >= values.nbytes // 2 - 2 * mmap.PAGESIZE
+        assert np.array_equal(tensor.data, values)
+
+
+def resident_bytes(path: Path) -> int:
+    """Resident bytes of this process's maps of a file."""
+    counted = 0
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            inside = line.endswith(str(path))
+        elif inside and first == "Rss:":
+            counted += int(line.split()[1]) * 1024
+    return counted
 
 
 def test_shards_can_be_closed_while_an_array_is_in_use(checkpoint: Path) -> None:

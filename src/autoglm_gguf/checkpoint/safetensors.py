@@ -46,6 +46,20 @@ class LazyTensor:
     """F32, F16 or BF16."""
     data: NDArray[Any]
     """Of ``shape``; f32, or 16-bit words for F16 and BF16."""
+    pages: tuple[mmap.mmap, int] | None = None
+    """The map and the data's byte offset in it; None for data that lies in memory."""
+
+    def release(self, first: int, last: int) -> None:
+        """Give elements ``first`` to ``last`` back to the page cache; a later use reads them again.
+
+        Does nothing where the system has no way to (Windows).
+        """
+        if self.pages is None or last <= first or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        data, offset = self.pages
+        start = (offset + first * self.data.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = offset + last * self.data.itemsize
+        data.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 class Shards:
@@ -147,7 +161,9 @@ class Shards:
                 self._digest.update(
                     data[start + at : min(start + at + _FINGERPRINT_BYTES, start + end)]
                 )
-            self.tensors[name] = LazyTensor(name, shape, ggml_type, array.reshape(shape))
+            self.tensors[name] = LazyTensor(
+                name, shape, ggml_type, array.reshape(shape), (data, start + begin)
+            )
         spans.sort()
         for (_, end, name), (begin, _, other) in pairwise(spans):
             if begin < end:

@@ -77,6 +77,18 @@ class OutTensor:
             block = np.pad(block, ((0, 0), (0, missing)))
         return np.ascontiguousarray(block)
 
+    def release(self, first: int, last: int) -> None:
+        """Tell the system that the source of rows ``first`` to ``last`` is not needed any more."""
+        sources = (
+            np.array([first, last - 1]) if self.row_order is None else self.row_order[first:last]
+        )
+        sources = sources[sources != ZERO_ROW]
+        n_per_row = self.source.shape[-1]
+        if sources.size:
+            self.source.release(
+                int(sources.min()) * n_per_row, (int(sources.max()) + 1) * n_per_row
+            )
+
 
 def permute_rotary(n_heads: int, head_dim: int, rotary_dim: int) -> NDArray[np.int64]:
     """Row order that turns interleaved rotary pairs into halves, head by head.

@@ -114,6 +114,7 @@ class TensorWriter:
             tensor, first, last, offset = job
             try:
                 data = _convert_rows(tensor, first, last)
+                tensor.release(first, last)
             except BaseException:
                 stop.set()
                 raise

@@ -5,7 +5,6 @@ Streams row blocks, so memory does not grow with the model. Knows nothing of log
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ class TensorDifference:
 
 
 class Rows:
-    """Decoded rows of a GGUF file's tensors, mapped; close it.
+    """Decoded rows of a GGUF file's tensors, read as they are asked for; close it.
 
     Args:
         header: The file's.
@@ -51,20 +50,19 @@ class Rows:
 
     def __init__(self, header: Header) -> None:
         self.header = header
-        with header.path.open("rb") as file:
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = header.path.open("rb")
 
     def read(self, info: TensorInfo, first: int, last: int) -> NDArray[np.float32]:
         """Rows ``first`` to ``last`` of a tensor, ``(last - first, n_per_row)``."""
         n_per_row = info.shape[0]
         stride = info.n_bytes // (info.n_elements // n_per_row)
-        start = info.offset + first * stride
-        raw = np.frombuffer(self._data[start : start + (last - first) * stride], np.uint8)
+        self._file.seek(info.offset + first * stride)
+        raw = np.frombuffer(self._file.read((last - first) * stride), np.uint8)
         return dequantize(raw.reshape(last - first, stride), info.ggml_type, n_per_row)
 
     def close(self) -> None:
-        """Release the map."""
-        self._data.close()
+        """Close the file."""
+        self._file.close()
 
     def __enter__(self) -> Rows:
         return self
@@ -142,7 +140,9 @@ def compare_files(
 
 def _compare(rows: Rows, tensor: OutTensor) -> TensorDifference:
     def load(first: int, last: int) -> NDArray[np.float32]:
-        return to_float32(tensor.rows(first, last), tensor.source.ggml_type)
+        values = to_float32(tensor.rows(first, last), tensor.source.ggml_type)
+        tensor.release(first, last)
+        return values
 
     pairs = _pairs(rows, tensor.name, tensor.n_rows, tensor.n_per_row, load)
     return _difference(tensor.name, _kind(rows.header, tensor.name), pairs)

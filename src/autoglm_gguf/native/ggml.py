@@ -132,6 +132,104 @@ def dequantize(raw: NDArray[np.uint8], ggml_type: int, n_per_row: int) -> NDArra
     return out
 
 
+def repack_buffer_type() -> int | None:
+    """The CPU backend's buffer type for weights in kernel order; None where there is none.
+
+    Weights put there are copied into anonymous memory and run 1.5 to 2 times as fast.
+    """
+    lib = _lib()
+    device = lib.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU)
+    register = lib.ggml_backend_dev_backend_reg(device)
+    address = lib.ggml_backend_reg_get_proc_address(register, b"ggml_backend_dev_get_extra_bufts")
+    if not address:
+        return None
+    list_types = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
+    types = list_types(device)
+    index = 0
+    while types and types[index]:
+        if lib.ggml_backend_buft_name(types[index]) == b"CPU_REPACK":
+            return int(types[index])
+        index += 1
+    return None
+
+
+def host_buffer_type() -> int:
+    """A buffer type of plain anonymous memory that llama.cpp never replaces by the mapped file."""
+    page = ctypes.create_string_buffer(256)
+    aligned = (ctypes.addressof(page) + 63) // 64 * 64
+    buffer = _lib().ggml_backend_cpu_buffer_from_ptr(aligned, 64)
+    kind = int(_lib().ggml_backend_buffer_get_type(buffer))
+    _lib().ggml_backend_buffer_free(buffer)
+    return kind
+
+
+@cache
+def can_repack(ggml_type: int, n_per_row: int, n_rows: int) -> bool:
+    """Whether this CPU has kernels for a matrix in `repack_buffer_type`'s order.
+
+    llama.cpp ends the process when a matrix without such kernels is put there, so it is asked with
+    a small one of the same type and divisibility.
+    """
+    kind, lib = repack_buffer_type(), _lib()
+    if kind is None or n_per_row % block_size(ggml_type):
+        return False
+    context = lib.ggml_init(_InitParams(1 << 14, None, True))
+    try:
+        tensor = lib.ggml_new_tensor_2d(
+            context, ggml_type, n_per_row, _REPACK_ROWS + n_rows % _REPACK_ROWS
+        )
+        buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, kind)
+        if not buffer:
+            return False
+        fields = ctypes.cast(tensor, ctypes.POINTER(_Tensor)).contents
+        known = fields.data == lib.ggml_get_data(tensor)  # else ggml_tensor has another layout
+        found = bool(fields.extra) and known
+        lib.ggml_backend_buffer_free(buffer)
+        return found
+    finally:
+        lib.ggml_free(context)
+
+
+def tensor_name(tensor: int) -> bytes:
+    """The name of a live ``ggml_tensor``."""
+    name: bytes = _lib().ggml_get_name(tensor)
+    return name
+
+
+_DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
+_REPACK_ROWS = 64  # a multiple of every row interleaving ggml has
+
+
+class _InitParams(ctypes.Structure):
+    """ggml.h, ``struct ggml_init_params``."""
+
+    _fields_ = (
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    )
+
+
+class _Tensor(ctypes.Structure):
+    """ggml.h, ``struct ggml_tensor``."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+    )
+
+
 class _TypeTraits(ctypes.Structure):
     """ggml.h, ``struct ggml_type_traits``, up to the field that is used."""
 
@@ -162,6 +260,19 @@ def _lib() -> ctypes.CDLL:
         "ggml_fp16_to_fp32_row": (None, [pointer, pointer, i64]),
         "ggml_fp32_to_bf16_row_ref": (None, [pointer, pointer, i64]),
         "ggml_fp32_to_fp16_row": (None, [pointer, pointer, i64]),
+        "ggml_init": (pointer, [_InitParams]),
+        "ggml_free": (None, [pointer]),
+        "ggml_new_tensor_2d": (pointer, [pointer, enum, i64, i64]),
+        "ggml_get_data": (pointer, [pointer]),
+        "ggml_get_name": (ctypes.c_char_p, [pointer]),
+        "ggml_backend_dev_by_type": (pointer, [enum]),
+        "ggml_backend_dev_backend_reg": (pointer, [pointer]),
+        "ggml_backend_reg_get_proc_address": (pointer, [pointer, ctypes.c_char_p]),
+        "ggml_backend_buft_name": (ctypes.c_char_p, [pointer]),
+        "ggml_backend_cpu_buffer_from_ptr": (pointer, [pointer, size]),
+        "ggml_backend_buffer_get_type": (pointer, [pointer]),
+        "ggml_backend_buffer_free": (None, [pointer]),
+        "ggml_backend_alloc_ctx_tensors_from_buft": (pointer, [pointer, pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)

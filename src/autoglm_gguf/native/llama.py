@@ -7,6 +7,10 @@ calling it. Knows tokens, embeddings and positions; knows nothing of messages or
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from numpy.typing import NDArray
 
 from autoglm_gguf.config import CacheType, ContextParams, SamplingParams
 from autoglm_gguf.errors import ContextFullError
-from autoglm_gguf.native.ggml import GGMLType
+from autoglm_gguf.native.ggml import GGMLType, tensor_name
 from autoglm_gguf.native.library import clear_errors, engine_error, load_llama
 
 _CACHE_TYPES: dict[CacheType, GGMLType] = {
@@ -28,21 +32,62 @@ _CACHE_TYPES: dict[CacheType, GGMLType] = {
 _MROPE_AXES = 4  # time, row, column, unused: llama.cpp's positions per embedding under M-RoPE
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the weights lie."""
+
+    mapped: bool = True
+    """The file is mapped; otherwise every weight is read into anonymous memory."""
+    repacked: bool = False
+    """Weights whose type has faster kernels are copied into their order, all of them."""
+    copied: Mapping[str, int] = field(default_factory=dict)
+    """Tensor name to the ggml buffer type it is copied into, out of the mapping."""
+    vocabulary_only: bool = False
+
+
 class LlamaModel:
     """Weights and vocabulary of a text GGUF.
 
     Args:
         path: A whole, checked GGUF file.
         n_gpu_layers: Layers on the GPU, the last ones first; -1 means all.
+        placement: Where the weights lie; by default all in the mapped file.
+        on_tensor: Called before each tensor is loaded.
 
     Raises:
         EngineError: llama.cpp refused the file; its reason is in the message.
     """
 
-    def __init__(self, path: Path, *, n_gpu_layers: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_gpu_layers: int = 0,
+        placement: Placement | None = None,
+        on_tensor: Callable[[], None] | None = None,
+    ) -> None:
         self._llama = load_llama()
+        placement = placement or Placement()
         params = self._llama.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        params.load_mode = (
+            self._llama.LLAMA_LOAD_MODE_MMAP
+            if placement.mapped
+            else self._llama.LLAMA_LOAD_MODE_NONE
+        )
+        params.use_extra_bufts = placement.repacked
+        params.vocab_only = placement.vocabulary_only
+        overrides = _overrides(placement.copied)
+        if placement.copied:
+            params.tensor_buft_overrides = ctypes.addressof(overrides)
+
+        def on_progress(_share: float, _data: Any) -> bool:
+            if on_tensor is not None:
+                on_tensor()
+            return True
+
+        callback = self._llama.llama_progress_callback(on_progress)  # lives until the load is done
+        params.progress_callback = callback
         clear_errors()
         self.handle = self._llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
@@ -94,13 +139,22 @@ class LlamaContext:
         params: Sizes and types.
         n_threads: Compute threads.
         n_outputs_max: Positions per batch whose logits may be asked for.
+        on_layer: Called with a layer's number when a batch has passed it; must not raise.
+        watched_layers: The layers it is called for.
 
     Raises:
         EngineError: llama.cpp could not make the context (most often: too little memory).
     """
 
     def __init__(
-        self, model: LlamaModel, params: ContextParams, *, n_threads: int, n_outputs_max: int = 1
+        self,
+        model: LlamaModel,
+        params: ContextParams,
+        *,
+        n_threads: int,
+        n_outputs_max: int = 1,
+        on_layer: Callable[[int], None] | None = None,
+        watched_layers: Collection[int] = (),
     ) -> None:
         self._llama = load_llama()
         self._model = model
@@ -118,6 +172,13 @@ class LlamaContext:
             else self._llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         raw.no_perf = True
+        self._callback = None  # kept as long as llama.cpp may call it
+        if on_layer is not None:
+            names = {f"l_out-{n}".encode(): n for n in watched_layers}
+            self._callback = self._llama.ggml_backend_sched_eval_callback(
+                partial(_on_node, names, on_layer)
+            )
+            raw.cb_eval = self._callback
         clear_errors()
         self.handle = self._llama.llama_init_from_model(model.handle, raw)
         if not self.handle:
@@ -289,6 +350,34 @@ class SamplerChain:
         if self.handle:
             self._llama.llama_sampler_free(self.handle)
             self.handle = None
+
+
+def _on_node(
+    names: dict[bytes, int], on_layer: Callable[[int], None], tensor: int, ask: bool, _: Any
+) -> bool:
+    """llama.cpp asks for every node whether it is wanted, and calls again when that one is done."""
+    layer = names.get(tensor_name(tensor))
+    if not ask and layer is not None:
+        on_layer(layer)
+    return layer is not None or not ask
+
+
+class _Override(ctypes.Structure):
+    """llama.h, ``struct llama_model_tensor_buft_override``."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+def _overrides(copied: Mapping[str, int]) -> ctypes.Array[_Override]:
+    """One pattern per buffer type, since llama.cpp tries each pattern on each tensor."""
+    by_type: dict[int, list[str]] = {}
+    for name, kind in copied.items():
+        by_type.setdefault(kind, []).append(re.escape(name))
+    table = (_Override * (len(by_type) + 1))()  # the last one, empty, ends it
+    for entry, (kind, found) in zip(table, by_type.items(), strict=False):
+        entry.pattern = f"^({'|'.join(found)})$".encode()
+        entry.buft = kind
+    return table
 
 
 def _as(array: NDArray[Any] | None, ctype: Any) -> Any:

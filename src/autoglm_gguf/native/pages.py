@@ -1,0 +1,161 @@
+"""Pages of a mapped file: where it lies, giving its pages back, reading them ahead.
+
+Knows addresses and byte spans; knows nothing of tensors. Linux and macOS; elsewhere `SUPPORTED` is
+False and nothing here may be called. The macOS half follows Apple's documented interfaces and has
+not been run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import mmap
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+IS_LINUX = sys.platform.startswith("linux")
+IS_MACOS = sys.platform == "darwin"
+SUPPORTED = IS_LINUX or IS_MACOS
+_READ_AHEAD_BYTES = 1 << 20  # one call reads at most the device's largest request
+_MADV_DONTNEED = 4  # the same number on Linux and macOS
+_MAP_FIXED, _MAP_SHARED, _PROT_READ = 0x10, 0x01, 0x01  # the same on both
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A stretch of a file in this process's memory."""
+
+    address: int
+    n_bytes: int
+    offset: int
+    """File offset of ``address``."""
+
+
+def find_mappings(path: Path) -> list[Mapping]:
+    """Where a file is mapped into this process; empty if it is not."""
+    wanted = os.path.realpath(path)
+    return _linux_mappings(wanted) if IS_LINUX else _macos_mappings(wanted)
+
+
+def _linux_mappings(wanted: str) -> list[Mapping]:
+    found: list[Mapping] = []
+    for line in Path("/proc/self/maps").read_text("utf-8", "surrogateescape").splitlines():
+        fields = line.split(None, 5)
+        if len(fields) == 6 and fields[5] == wanted:
+            first, _, last = fields[0].partition("-")
+            address = int(first, 16)
+            found.append(Mapping(address, int(last, 16) - address, int(fields[2], 16)))
+    return found
+
+
+def drop_pages(mapping: Mapping, start: int, end: int, descriptor: int) -> None:
+    """Take the whole pages within file bytes ``start`` to ``end`` out of this process.
+
+    They stay in the system's page cache as far as it likes; a later use maps them again. The span
+    is rounded inward: a page shared with a neighbour is the neighbour's.
+
+    Args:
+        mapping: Holds the span, or part of it.
+        start: First file byte.
+        end: File byte after the last.
+        descriptor: The open file (macOS maps it anew).
+    """
+    first = max(start, mapping.offset) - mapping.offset + mapping.address
+    last = min(end, mapping.offset + mapping.n_bytes) - mapping.offset + mapping.address
+    first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = last // mmap.PAGESIZE * mmap.PAGESIZE
+    if first >= last:
+        return
+    if IS_LINUX:
+        _libc().madvise(first, last - first, _MADV_DONTNEED)
+        return
+    # macOS keeps pages resident after madvise; mapping the span anew lets go of them.
+    offset = first - mapping.address + mapping.offset
+    _libc().mmap(first, last - first, _PROT_READ, _MAP_SHARED | _MAP_FIXED, descriptor, offset)
+
+
+def forget_cached(descriptor: int, start: int, end: int) -> None:
+    """Let the page cache drop file bytes that no process maps any more (Linux only)."""
+    if IS_LINUX:
+        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+
+
+def read_ahead(descriptor: int, start: int, end: int) -> None:
+    """Ask the system to read file bytes into its page cache; returns before they are there."""
+    for at in range(start, end, _READ_AHEAD_BYTES):
+        n_bytes = min(_READ_AHEAD_BYTES, end - at)
+        if IS_LINUX:
+            os.posix_fadvise(descriptor, at, n_bytes, os.POSIX_FADV_WILLNEED)
+        else:
+            import fcntl
+
+            request = _RadAdvisory(at, n_bytes)
+            fcntl.fcntl(descriptor, _F_RDADVISE, bytes(request))
+
+
+def return_free_memory() -> None:
+    """Give the C heap's free pages back to the system, where it can be asked to (glibc)."""
+    if IS_LINUX:
+        trim = getattr(_libc(), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
+
+
+_F_RDADVISE = 44  # <sys/fcntl.h> of macOS
+_BASIC_INFO_64, _BASIC_INFO_WORDS = 9, 9  # <mach/vm_region.h>
+_MAX_PATH_BYTES = 4096
+
+
+class _RadAdvisory(ctypes.Structure):
+    """<sys/fcntl.h> of macOS, ``struct radvisory``."""
+
+    _fields_ = (("ra_offset", ctypes.c_int64), ("ra_count", ctypes.c_int))
+
+
+def _macos_mappings(wanted: str) -> list[Mapping]:
+    """Walk this task's regions and ask for the file behind each."""
+    libc = _libc()
+    task = ctypes.c_uint32.in_dll(libc, "mach_task_self_")
+    address, size = ctypes.c_uint64(0), ctypes.c_uint64(0)
+    found: list[Mapping] = []
+    name = ctypes.create_string_buffer(_MAX_PATH_BYTES)
+    while True:
+        info = (ctypes.c_int32 * _BASIC_INFO_WORDS)()
+        n_words = ctypes.c_uint32(_BASIC_INFO_WORDS)
+        port = ctypes.c_uint32()
+        status = libc.mach_vm_region(
+            task,
+            ctypes.byref(address),
+            ctypes.byref(size),
+            _BASIC_INFO_64,
+            info,
+            ctypes.byref(n_words),
+            ctypes.byref(port),
+        )
+        if status != 0:
+            return found
+        n = libc.proc_regionfilename(os.getpid(), address, name, _MAX_PATH_BYTES)
+        if n > 0 and os.fsdecode(name.value) == wanted:
+            offset = int(ctypes.c_uint64.from_buffer(info, 20).value)  # vm_region_basic_info_64
+            found.append(Mapping(address.value, size.value, offset))
+        address.value += size.value
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    libc.madvise.argtypes = (pointer, size, ctypes.c_int)
+    libc.mmap.restype = pointer
+    libc.mmap.argtypes = (pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+    if IS_MACOS:
+        libc.proc_regionfilename.argtypes = (
+            ctypes.c_int,
+            ctypes.c_uint64,
+            pointer,
+            ctypes.c_uint32,
+        )
+    return libc

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import MMPROJ_METADATA, TEXT_METADATA, pack_gguf, write_gguf
@@ -14,7 +15,7 @@ from builders import MMPROJ_METADATA, TEXT_METADATA, pack_gguf, write_gguf
 from autoglm_gguf.cli.main import main
 
 
-def inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+def inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert main(["inspect", str(path), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -38,6 +39,47 @@ def test_inspect_counts_weights_by_type(tmp_path: Path, capsys: pytest.CaptureFi
     assert (summary["architecture"], summary["name"], summary["n_tokens"]) == ("glm4", "small", 22)
 
 
+GROUPED = {
+    "token_embd.weight": ((64, 3), 8, bytes(204)),
+    "blk.0.attn_q.weight": ((32, 2), 2, bytes(36)),
+    "blk.0.attn_q.bias": ((2,), 0, bytes(8)),
+    "blk.1.attn_q.weight": ((32, 2), 2, bytes(36)),
+}
+
+
+def test_inspect_weighs_tensor_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.gguf").write_bytes(pack_gguf(TEXT_METADATA, GROUPED))
+    assert inspect(tmp_path / "m.gguf", capsys)["groups"] == [
+        {
+            "group": "token embedding",
+            "n_tensors": 1,
+            "n_params": 192,
+            "n_bytes": 204,
+            "bpw": 8.5,
+            "types": {"Q8_0": 1},
+        },
+        {
+            "group": "attention q",
+            "n_tensors": 3,
+            "n_params": 130,
+            "n_bytes": 80,
+            "bpw": 4.923,  # 8 * 80 / 130
+            "types": {"Q4_0": 2, "F32": 1},
+        },
+    ]
+
+
+def test_inspect_prints_tensor_groups_as_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(pack_gguf(TEXT_METADATA, GROUPED))
+    assert main(["inspect", str(tmp_path / "m.gguf")]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    at = lines.index("group tensors size bpw types")
+    assert lines[at + 1] == "token embedding 1 204 B 8.500 Q8_0 ×1"
+    assert lines[at + 2] == "attention q 3 80 B 4.923 Q4_0 ×2, F32 ×1"
+
+
 def test_inspect_shows_the_pair_and_what_was_completed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,6 +88,7 @@ def test_inspect_shows_the_pair_and_what_was_completed(
     pair = inspect(text, capsys)["pair"]
     assert isinstance(pair, dict)
     assert pair["mmproj"] == "mmproj-m-F32.gguf"
+    assert pair["matches"] is True
     assert set(pair["stops"]) == {"<|endoftext|>", "<|user|>", "<|observation|>", "</answer>"}
     assert pair["max_image_tokens"] == 30_000
     assert len(pair["notes"]) == 3
@@ -58,6 +101,7 @@ def test_inspect_shows_why_a_pair_does_not_fit(
     write_gguf(tmp_path / "mmproj-m-F32.gguf", MMPROJ_METADATA, clip__vision__projection_dim=8)
     pair = inspect(text, capsys)["pair"]
     assert isinstance(pair, dict)
+    assert pair["matches"] is False
     assert "embeddings of 8" in pair["problem"]
 
 
@@ -68,6 +112,13 @@ def test_inspect_shows_an_mmproj_without_a_pair(
     assert (summary["architecture"], summary["projector"]) == ("clip", "glm4v")
     assert "pair" not in summary
     assert "n_tokens" not in summary
+    assert [row["group"] for row in summary["groups"]] == [
+        "patch embedding",
+        "position embedding",
+        "vision attention",
+        "vision norms",
+        "merger",
+    ]
 
 
 def test_inspect_shows_any_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +126,7 @@ def test_inspect_shows_any_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[st
     pair = inspect(path, capsys)["pair"]
     assert isinstance(pair, dict)
     assert "'llama' is not run here" in pair["problem"]
+    assert "matches" not in pair
 
 
 def test_inspect_prints_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +136,7 @@ def test_inspect_prints_for_people(tmp_path: Path, capsys: pytest.CaptureFixture
     lines = {line.split()[0]: line for line in printed.out.splitlines()}
     assert lines["architecture"].endswith(" glm4")
     assert lines["mmproj"].endswith("none beside it")
+    assert "matches" not in lines
     assert lines["F32"].endswith("10 tensors  160 B")
 
 

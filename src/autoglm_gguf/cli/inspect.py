@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_gguf.cli import output
-from autoglm_gguf.errors import AutoGLMError
+from autoglm_gguf.errors import AutoGLMError, PairMismatchError
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.describe import describe_pair, find_mmproj
+from autoglm_gguf.gguf.groups import describe_groups
 from autoglm_gguf.gguf.header import Header, read_header
 from autoglm_gguf.units import format_bytes
 
@@ -37,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
             output.write(f"{key}:")
             for inner, item in value.items():
                 output.write(f"  {inner:<22} {_text(item)}")
+        elif key == "groups":
+            _print_groups(value)
         else:
             output.write(f"{key:<24} {_text(value)}")
 
@@ -59,6 +62,7 @@ def summarize(header: Header) -> dict[str, Any]:
         "n_tokens": len(tokens) if isinstance(tokens, list) else None,
         "chat_template": names.CHAT_TEMPLATE in header.metadata if tokens else None,
         "weights_by_type": _by_type(header),
+        "groups": _groups(header),
     }
     return {key: value for key, value in summary.items() if value is not None}
 
@@ -71,16 +75,44 @@ def _by_type(header: Header) -> dict[str, dict[str, int]]:
     return dict(sorted(groups.items()))
 
 
+def _groups(header: Header) -> list[dict[str, Any]]:
+    return [
+        {
+            "group": str(found.group),
+            "n_tensors": found.n_tensors,
+            "n_params": found.n_params,
+            "n_bytes": found.n_bytes,
+            "bpw": round(found.bpw, 3),
+            "types": dict(found.types),
+        }
+        for found in describe_groups(header)
+    ]
+
+
+def _print_groups(groups: list[dict[str, Any]]) -> None:
+    output.write(f"{'group':<20} {'tensors':>7} {'size':>10} {'bpw':>7}  types")
+    for row in groups:
+        types = ", ".join(f"{kind} ×{n}" for kind, n in row["types"].items())
+        size = format_bytes(row["n_bytes"])
+        output.write(
+            f"{row['group']:<20} {row['n_tensors']:>7} {size:>10} {row['bpw']:>7.3f}  {types}"
+        )
+
+
 def _pair(path: Path) -> dict[str, Any]:
     """Stop tokens, image limits and whether the mmproj beside the file fits."""
     mmproj = find_mmproj(path)
     try:
         described = describe_pair(path, mmproj)
+    except PairMismatchError as error:
+        name = mmproj.name if mmproj else None
+        return {"mmproj": name, "matches": False, "problem": error.message}
     except AutoGLMError as error:
         return {"mmproj": mmproj.name if mmproj else None, "problem": error.message}
     tokens = described.text.metadata[names.TOKENS]
     facts: dict[str, Any] = {
         "mmproj": mmproj.name if mmproj else "none beside it",
+        "matches": True if mmproj else None,
         "stops": {tokens[i]: i for i in sorted(described.stop_ids)},
     }
     if described.vision is not None:
@@ -88,7 +120,7 @@ def _pair(path: Path) -> dict[str, Any]:
         facts["max_image_tokens"] = limits.max_pixels // (2 * limits.factor**2)
     if described.notes:
         facts["notes"] = list(described.notes)
-    return facts
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _text(value: Any) -> str:

@@ -22,6 +22,8 @@ from autoglm_gguf.hub import resolve_checkpoint, resolve_pair
 from autoglm_gguf.hub_cache import is_repo_id
 
 REPO = "zai-org/checkpoint"
+OLDER = "0123456789" * 4
+"""A commit before `COMMIT`, for tests that publish one."""
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = "model.safetensors.index.json"
 NEEDED = {
@@ -128,13 +130,12 @@ def test_pull_takes_the_single_file_when_there_is_no_index(hub: Hub) -> None:
 def test_pull_takes_a_revision_and_remembers_it(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    older = "0123456789" * 4
-    hub.repos[REPO].revisions |= {"refs/pr/1": older, older: older}
+    hub.repos[REPO].revisions |= {"refs/pr/1": OLDER, OLDER: OLDER}
     snapshot = pull(REPO, revision="refs/pr/1")
-    assert snapshot.name == older
-    assert (folder(tmp_path) / "refs/refs/pr/1").read_text() == older
+    assert snapshot.name == OLDER
+    assert (folder(tmp_path) / "refs/refs/pr/1").read_text() == OLDER
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert pull(REPO, revision="refs/pr/1") == pull(REPO, revision=older) == snapshot
+    assert pull(REPO, revision="refs/pr/1") == pull(REPO, revision=OLDER) == snapshot
     with pytest.raises(HubError, match="not whole in the cache"):
         pull(REPO)
 
@@ -650,7 +651,70 @@ def test_convert_of_a_repo_gives_the_bytes_of_the_directorys_conversion(
         assert one.read_bytes() == other.read_bytes()
 
 
+def asked(hub: Hub) -> set[str]:
+    """The commits whose files were asked for by address."""
+    paths = [request.path for request in hub.requests if "/resolve/" in request.path]
+    return {path.split("/resolve/")[1].split("/")[0] for path in paths}
+
+
+@pytest.mark.native
+def test_convert_takes_a_revision_of_a_repo(hub: Hub, tmp_path: Path) -> None:
+    hub.repos[REPO].revisions |= {"v0.1": OLDER, OLDER: OLDER}
+    pair = convert(REPO, tmp_path / "out", revision="v0.1")
+    assert pair.text.name == "checkpoint-Q8_0.gguf"
+    assert asked(hub) == {OLDER}
+    assert (folder(tmp_path) / "refs" / "v0.1").read_text() == OLDER
+    assert not (folder(tmp_path) / "refs" / "main").exists()
+
+
+def test_convert_of_a_missing_revision_names_it(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(HubError, match="no revision 'v9'"):
+        convert(REPO, tmp_path / "out", revision="v9")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("revision", ["main", ""])
+def test_revision_of_a_directory_here_is_refused(
+    hub: Hub, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"revision '{revision}': .*is a directory here"):
+        convert(source, tmp_path / "out", revision=revision)
+    source.rename(tmp_path / "copy")
+    (tmp_path / "zai-org").mkdir()
+    (tmp_path / "copy").rename(tmp_path / REPO)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is a directory here"):  # the directory wins
+        resolve_checkpoint(REPO, revision=revision)
+    assert hub.requests == []
+
+
+def test_convert_of_what_is_no_revision_is_a_value_error(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not the name of a branch"):
+        convert(REPO, tmp_path / "out", revision="../../escaped")
+    assert hub.requests == []
+
+
 # --- command line ---
+
+
+@pytest.mark.native
+def test_convert_command_takes_a_revision(
+    hub: Hub, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repos[REPO].revisions |= {"v0.1": OLDER, OLDER: OLDER}
+    out = str(tmp_path / "out")
+    assert main(["convert", REPO, "--revision", "v0.1", "--outdir", out]) == 0
+    assert asked(hub) == {OLDER}
+    assert main(["convert", str(source), "--revision", "v0.1", "--outdir", out]) == 2
+    assert "is a directory here" in capsys.readouterr().err
+
+
+def test_verify_command_asks_for_the_revision(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.gguf").touch()
+    assert main(["verify", REPO, str(tmp_path / "m.gguf"), "--revision", "v9"]) == 1
+    assert "no revision 'v9'" in capsys.readouterr().err
 
 
 def test_pull_command_prints_the_directory(

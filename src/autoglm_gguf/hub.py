@@ -96,20 +96,27 @@ def _only_text(directory: Path) -> Path:
 
 
 def resolve_checkpoint(
-    checkpoint: str | os.PathLike[str], *, on_progress: OnProgress | None = None
+    checkpoint: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Path:
     """Find a checkpoint's directory; a repo id that is no path here is pulled first.
 
     Args:
         checkpoint: A directory, or ``owner/name`` on the hub.
+        revision: Of the repo, see `pull`; a directory has none.
         on_progress: See `pull`.
 
     Raises:
+        ValueError: A revision of a directory, or not a revision's name.
         CheckpointError: No such directory, and no repo id either.
         HubError: See `pull`.
     """
     path = Path(checkpoint)
     if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r}: {path} is a directory here, not a repo")
         return path
     if path.exists():
         raise CheckpointError(
@@ -120,7 +127,7 @@ def resolve_checkpoint(
             f"{path}: no such directory",
             hint="give a directory with config.json, or a repo such as zai-org/AutoGLM-Phone-9B",
         )
-    return pull(str(checkpoint), on_progress=on_progress)
+    return pull(str(checkpoint), revision=revision, on_progress=on_progress)
 
 
 def pull(

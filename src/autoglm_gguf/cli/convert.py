@@ -15,6 +15,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Describe the command."""
     parser = commands.add_parser("convert", help="convert a checkpoint to a GGUF pair")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or repo id")
+    parser.add_argument(
+        "--revision", metavar="R", help="branch, tag or commit of the repo (default: main)"
+    )
     parser.add_argument("--outdir", default=".", metavar="DIR", help="where the files go")
     parser.add_argument("--outtype", default="q8_0", metavar="TYPE", help=", ".join(OUTTYPES))
     parser.add_argument(
@@ -41,6 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.checkpoint,
         arguments.outdir,
         arguments.outtype,
+        revision=arguments.revision,
         mmproj_outtype=arguments.mmproj_outtype,
         tensor_types=arguments.tensor_type,
         imatrix=arguments.imatrix,

@@ -19,6 +19,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("verify", help="compare a GGUF model with its checkpoint")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or repo id")
     parser.add_argument("model", metavar="MODEL", help="text GGUF, or a directory with one")
+    parser.add_argument(
+        "--revision", metavar="R", help="branch, tag or commit of the repo (default: main)"
+    )
     parser.add_argument("--mmproj", metavar="FILE", help="vision tower (default: beside MODEL)")
     parser.add_argument(
         "--against", metavar="GGUF", help="compare MODEL with this text GGUF instead"
@@ -33,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.against is not None:
         report = verify_against(text, Path(arguments.against), on_tensor=_progress)
     else:
-        report = verify(resolve_checkpoint(arguments.checkpoint), text, mmproj, on_tensor=_progress)
+        checkpoint = resolve_checkpoint(arguments.checkpoint, revision=arguments.revision)
+        report = verify(checkpoint, text, mmproj, on_tensor=_progress)
     if arguments.json:
         output.write_json({**asdict(report), "passed": report.passed})
     else:

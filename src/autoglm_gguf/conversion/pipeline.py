@@ -46,6 +46,7 @@ def convert(
     outdir: str | os.PathLike[str] = ".",
     outtype: str = "q8_0",
     *,
+    revision: str | None = None,
     mmproj_outtype: str | None = None,
     tensor_types: Sequence[str] = (),
     imatrix: str | os.PathLike[str] | None = None,
@@ -62,6 +63,7 @@ def convert(
             id, which is pulled first (see `pull`).
         outdir: Where the files go; made if it does not exist.
         outtype: A key of `OUTTYPES`: f32, f16, bf16, q8_0, q4_0, q4_K, iq3_s, …
+        revision: Branch, tag or commit of the repo; by default main. A directory has none.
         mmproj_outtype: f32, f16, bf16, q8_0 or q4_0; by default the outtype down to q8_0.
         tensor_types: Exceptions as ``REGEX=TYPE``, for example ``attn_v=q8_0``; the first pattern
             found in a text tensor's GGUF name wins.
@@ -74,7 +76,8 @@ def convert(
         The final paths, in llama.cpp's manner: ``NAME-Q8_0.gguf``, ``mmproj-NAME-Q8_0.gguf``.
 
     Raises:
-        ValueError: Unknown outtype, a broken tensor_types entry, or a name that is a path.
+        ValueError: Unknown outtype, a broken tensor_types entry, a name that is a path, or a
+            revision of a directory.
         CheckpointError: The checkpoint is incomplete, broken, or of another family.
         HubError: The repo could not be pulled.
         ConversionError: The output cannot be written, or the disk is too small.
@@ -84,7 +87,7 @@ def convert(
     overrides = parse_overrides(tensor_types)
     tower_kind = parse_outtype(mmproj_outtype or kind.mmproj, mmproj=True)
     recipe = Recipe(kind, overrides, None if imatrix is None else read_imatrix(Path(imatrix)))
-    source = resolve_checkpoint(checkpoint, on_progress=on_progress)
+    source = resolve_checkpoint(checkpoint, revision=revision, on_progress=on_progress)
     config = read_config(source)
     vocabulary = _read_vocabulary(source, config)
     base = name or Path(checkpoint).resolve().name  # a pulled repo: NAME of OWNER/NAME

@@ -9,6 +9,7 @@ model's scale, repeated from a pool, so that writing is as fast as the disk.
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import sys
@@ -67,6 +68,8 @@ SHAPES = {
     ),
 }
 SHARD_BYTES = 5 * 10**9
+_UNUSED_IDS = 223  # GLM-4's: 151,552 ids, 151,329 tokens before the special ones
+_MERGES_PER_TOKEN = 2
 _POOL = 1 << 24
 
 
@@ -74,13 +77,18 @@ def build(directory: Path, size: str) -> Path:
     """Write a checkpoint; returns the directory. Deterministic."""
     shape, n_vocab = SHAPES[size]
     directory.mkdir(parents=True, exist_ok=True)
+    tokenizer, ids = large_tokenizer(n_vocab - _UNUSED_IDS)
     config = config_json(shape)
+    small = {number: token for token, number in token_ids().items()}
+    for holder in (config, config["text_config"]):
+        for key, number in holder.items():
+            if key.endswith("_token_id"):
+                holder[key] = ids[small[number]]
     config["text_config"]["vocab_size"] = n_vocab
     write_json(directory / "config.json", config)
-    ids = token_ids()
     eos = [ids[t] for t in ("<|endoftext|>", "<|user|>", "<|observation|>", "</answer>")]
     write_json(directory / "generation_config.json", {"eos_token_id": eos})
-    write_json(directory / "tokenizer.json", tokenizer_json())
+    write_json(directory / "tokenizer.json", tokenizer)
     # transformers' tokenizer class, which upstream's converter loads
     write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     limits = {"size": {"shortest_edge": 12544, "longest_edge": 5_000_000}}
@@ -94,6 +102,31 @@ def build(directory: Path, size: str) -> Path:
     }
     _write_shards(directory, sides)
     return directory
+
+
+def large_tokenizer(n_tokens: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """A tokenizer of a real one's size: ``n_tokens`` before the special ones, and 2 merges each.
+
+    Its tokens are meaningless, but as long as real ones, so that what llama.cpp keeps of a
+    vocabulary weighs what it weighs with the published model (151,329 tokens, 318,088 merges).
+    """
+    raw = tokenizer_json()
+    vocab: dict[str, int] = raw["model"]["vocab"]
+    merges: list[list[str]] = raw["model"]["merges"]
+    strings = (
+        "".join(letters)
+        for length in range(2, 9)
+        for letters in itertools.product("etaoinsr", repeat=length)
+    )
+    made = list(itertools.islice((s for s in strings if s not in vocab), n_tokens - len(vocab)))
+    for token in made:
+        vocab[token] = len(vocab)
+        merges.append([token[:-1], token[-1]])
+    second = ([token[:1], token[1:]] for token in made if len(token) > 2)
+    merges.extend(itertools.islice(second, int(_MERGES_PER_TOKEN * n_tokens) - len(merges)))
+    for number, entry in enumerate(raw["added_tokens"]):
+        entry["id"] = n_tokens + number
+    return raw, vocab | {entry["content"]: entry["id"] for entry in raw["added_tokens"]}
 
 
 def _write_shards(directory: Path, sides: dict[str, tuple[int, ...]]) -> None:

@@ -3,6 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_NO_LIMIT = 2**60  # cgroup v1 writes a number near 2**63 where there is no limit
+
+
+@dataclass(frozen=True, slots=True)
+class MachineMemory:
+    """Main memory, as this process may use it."""
+
+    total_bytes: int
+    available_bytes: int
+    """What can still be taken without swapping, file pages that can be dropped included."""
+    limit: str
+    """Who sets the bound: ``machine`` or ``cgroup``."""
 
 
 def usable_cores() -> int:
@@ -10,3 +27,84 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def probe_memory() -> MachineMemory | None:
+    """Memory of the machine or of this process's control group, whichever is tighter.
+
+    Returns:
+        None where the system does not say (no /proc, and psutil is not installed).
+    """
+    machine = _linux_memory() if sys.platform.startswith("linux") else _other_memory()
+    group = _cgroup_memory() if sys.platform.startswith("linux") else None
+    if machine is None or group is None:
+        return machine
+    return min((machine, group), key=lambda memory: memory.available_bytes)
+
+
+def _linux_memory() -> MachineMemory | None:
+    found: dict[str, int] = {}
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if value.endswith("kB"):
+                found[key] = int(value.split()[0]) * 1024
+    except (OSError, ValueError):
+        return None
+    if "MemTotal" not in found or "MemAvailable" not in found:
+        return None
+    return MachineMemory(found["MemTotal"], found["MemAvailable"], "machine")
+
+
+def _other_memory() -> MachineMemory | None:
+    try:
+        import psutil
+    except ImportError:
+        return None
+    memory = psutil.virtual_memory()
+    return MachineMemory(memory.total, memory.available, "machine")
+
+
+def _cgroup_memory() -> MachineMemory | None:
+    """The tightest limit on the way up from this process's group; version 2, else version 1."""
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    found: list[MachineMemory] = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, files = _CGROUP, ("memory.max", "memory.current", "inactive_file", "active_file")
+        elif "memory" in controllers.split(","):
+            root = _CGROUP / "memory"
+            files = (
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+                "total_active_file",
+            )
+        else:
+            continue
+        level = root / path.lstrip("/")
+        while True:
+            memory = _read_group(level, *files)
+            if memory is not None:
+                found.append(memory)
+            if level == root or root not in level.parents:
+                break
+            level = level.parent
+    return min(found, key=lambda memory: memory.available_bytes) if found else None
+
+
+def _read_group(level: Path, limit: str, usage: str, *caches: str) -> MachineMemory | None:
+    try:
+        most = int((level / limit).read_text())  # "max" where there is no limit: ValueError
+        used = int((level / usage).read_text())
+        stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if most >= _NO_LIMIT:
+        return None
+    dropped = sum(int(stat.get(key, 0)) for key in caches)
+    return MachineMemory(most, max(0, most - used + dropped), "cgroup")

@@ -13,6 +13,7 @@ This module knows what can go wrong and what to type next; it does not know how 
     ├── ImageError               bytes that are no image, or an image the model cannot take
     ├── PromptError              messages that the chat template cannot render
     ├── ContextFullError         a request that cannot fit n_ctx
+    ├── DoesNotFitError          a model too large for the memory budget, or for the machine
     ├── ActionParseError         an answer that is no action
     ├── EngineError              llama.cpp failed while loading or running
     │   └── EngineBusyError          a stream of this model is still open
@@ -96,6 +97,24 @@ class ContextFullError(AutoGLMError):
         super().__init__(message, hint=hint)
         self.n_prompt = n_prompt
         self.n_ctx = n_ctx
+
+
+class DoesNotFitError(AutoGLMError):
+    """A model that cannot be held under the memory budget, or in this machine's memory.
+
+    Args:
+        message: See `AutoGLMError`.
+        budget_bytes: What was allowed; None for no bound.
+        required_bytes: The least that would do.
+        hint: See `AutoGLMError`.
+    """
+
+    def __init__(
+        self, message: str, *, budget_bytes: int | None, required_bytes: int, hint: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.budget_bytes = budget_bytes
+        self.required_bytes = required_bytes
 
 
 class ActionParseError(AutoGLMError):

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from autoglm_gguf.actions import Action, choose_system_prompt, parse_answer
-from autoglm_gguf.config import CONTENT_FORMATS, ContentFormat, ContextParams, SamplingParams
+from autoglm_gguf.config import CONTENT_FORMATS, ContentFormat, SamplingParams
 from autoglm_gguf.engine.base import Engine, EngineInfo
 from autoglm_gguf.errors import (
     ContextFullError,
@@ -29,6 +29,7 @@ from autoglm_gguf.errors import (
 from autoglm_gguf.generation import Request, Run
 from autoglm_gguf.gguf.names import END_OF_ANSWER
 from autoglm_gguf.hub import resolve_pair
+from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
 from autoglm_gguf.messages import (
     Chunk,
     Completion,
@@ -92,31 +93,38 @@ class AutoGLM:
         model: str | os.PathLike[str],
         *,
         mmproj: str | os.PathLike[str] | None = "auto",
+        memory_budget: Budget = DEFAULT_BUDGET,
         content_format: ContentFormat = "openai",
         **context: Any,
     ) -> AutoGLM:
-        """Load a GGUF pair.
+        """Load a GGUF pair within a memory budget.
 
         Args:
             model: A text GGUF, or a directory with one.
             mmproj: The vision tower; ``"auto"`` looks beside the model, None leaves it out.
+            memory_budget: For everything the process holds, at load, at image encode and at
+                decode: bytes, ``"4GB"``, ``"4GiB"``, or ``"none"``; see `plan_memory`.
             content_format: ``openai`` renders as transformers does, ``string`` as the official
                 server does (image, line break, text).
             **context: Fields of `ContextParams`: n_ctx, n_gpu_layers, n_threads, type_k, type_v,
-                flash_attn, n_batch, max_image_tokens.
+                flash_attn, n_batch, max_image_tokens. What is given is kept, the rest may be made
+                smaller to stay within the budget.
 
         Raises:
             ValueError, TypeError: An argument out of range or unknown.
             GGUFError: A file is missing, broken or of another kind.
             PairMismatchError: The mmproj belongs to another model.
+            DoesNotFitError: No choice stays under the budget, or the machine has too little memory.
             EngineError: llama.cpp refused the model.
             NativeLibraryError: llama-cpp-python is missing or not the pinned version.
         """
         from autoglm_gguf.engine.llama import LlamaEngine
+        from autoglm_gguf.memory.plan import plan_memory
 
-        params = ContextParams(**context)
         text, tower = resolve_pair(model, mmproj)
-        return cls(LlamaEngine(text, tower, params), content_format=content_format)
+        plan = plan_memory(text, mmproj=tower, memory_budget=memory_budget, **context)
+        engine = LlamaEngine(text, tower, plan.context, plan=plan)
+        return cls(engine, content_format=content_format)
 
     @property
     def info(self) -> EngineInfo:

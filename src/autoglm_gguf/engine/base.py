@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.gguf.describe import VisionLimits
+from autoglm_gguf.memory.plan import MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class EngineInfo:
     notes: tuple[str, ...] = ()
     """What was chosen or completed for the user, with reasons."""
     path: Path | None = None
+    plan: MemoryPlan | None = None
+    """How it is held; None for an engine that was not planned."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Files are checked before llama.cpp sees them. The vision tower is loaded at the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from numpy.typing import NDArray
 from autoglm_gguf.config import ContextParams, SamplingParams
 from autoglm_gguf.devices import usable_cores
 from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
+from autoglm_gguf.engine.weights import load_weights, open_residency
 from autoglm_gguf.errors import ImageError
 from autoglm_gguf.gguf import names
-from autoglm_gguf.gguf.describe import describe_pair
-from autoglm_gguf.native.llama import LlamaContext, LlamaModel, SamplerChain
+from autoglm_gguf.gguf.describe import VisionLimits, describe_pair
+from autoglm_gguf.memory.plan import MemoryPlan
+from autoglm_gguf.native.llama import LlamaContext, SamplerChain
 from autoglm_gguf.native.mtmd import VisionTower
+from autoglm_gguf.native.pages import return_free_memory
 
 # Shown although some checkpoints mark them as control tokens: the client parses them.
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -30,8 +34,9 @@ class LlamaEngine:
     Args:
         text: The text GGUF.
         mmproj: Its vision tower; None makes a text-only engine.
-        params: Sizes and types.
+        params: Sizes and types; a plan's own take their place.
         n_outputs_max: Positions per batch whose logits may be read; 1 for generation.
+        plan: How the pair is held; without one, all weights are copied into memory.
 
     Raises:
         GGUFError: A file is missing, broken or of another kind.
@@ -40,22 +45,38 @@ class LlamaEngine:
     """
 
     def __init__(
-        self, text: Path, mmproj: Path | None, params: ContextParams, *, n_outputs_max: int = 1
+        self,
+        text: Path,
+        mmproj: Path | None,
+        params: ContextParams,
+        *,
+        n_outputs_max: int = 1,
+        plan: MemoryPlan | None = None,
     ) -> None:
         described = describe_pair(text, mmproj)
+        params = params if plan is None else plan.context
         self._mmproj = mmproj
+        self._tower_on_demand = plan is not None and plan.tower == "on_demand"
         self._flash_attn = params.flash_attn
         self._n_threads = params.n_threads or usable_cores()
         self._tower: VisionTower | None = None
-        self._model = LlamaModel(text, n_gpu_layers=params.n_gpu_layers)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._model = load_weights(described.text, params, plan)
+            undo.callback(self._model.close)
+            self._residency = open_residency(described.text, plan)
+            if self._residency is not None:
+                undo.callback(self._residency.close)
+            streams = self._residency is not None and bool(self._residency.watched_layers)
             self._context = LlamaContext(
-                self._model, params, n_threads=self._n_threads, n_outputs_max=n_outputs_max
+                self._model,
+                params,
+                n_threads=self._n_threads,
+                n_outputs_max=n_outputs_max,
+                on_layer=self._residency.passed if self._residency and streams else None,
+                watched_layers=self._residency.watched_layers if self._residency else (),
             )
-        except BaseException:
-            self._model.close()
-            raise
-        notes = list(described.notes)
+            undo.pop_all()
+        notes = [*described.notes, *(plan.notes if plan else ())]
         trained = self._model.n_ctx_train
         if params.n_ctx > trained:
             notes.append(f"n_ctx: {params.n_ctx} is beyond the {trained} the model was trained for")
@@ -77,6 +98,7 @@ class LlamaEngine:
             max_image_tokens=params.max_image_tokens,
             notes=tuple(notes),
             path=text,
+            plan=plan,
         )
 
     @property
@@ -110,19 +132,32 @@ class LlamaEngine:
                 f"{self._info.name}: takes no images",
                 hint="load the model together with its mmproj file",
             )
-        n_tokens = grid[0] * grid[1]
         if self._tower is None:
-            limits = self._info.vision
-            # No tower of this family takes more: its position grid is stretched over the image.
-            most = limits.max_pixels // (2 * limits.factor**2)
-            self._tower = VisionTower(
-                self._mmproj,
-                self._model,
-                n_threads=self._n_threads,
-                flash_attn=self._flash_attn,
-                max_image_tokens=max(most, n_tokens),
-            )
-        return ImageEmbedding(self._tower.encode(pixels, grid), grid)
+            if self._residency is not None:
+                self._residency.give_way()
+            self._tower = self._open_tower(self._mmproj, self._info.vision, grid[0] * grid[1])
+        try:
+            return ImageEmbedding(self._tower.encode(pixels, grid), grid)
+        finally:
+            if self._tower_on_demand:
+                self._close_tower()
+
+    def _open_tower(self, mmproj: Path, limits: VisionLimits, n_tokens: int) -> VisionTower:
+        # No tower of this family takes more: its position grid is stretched over the image.
+        most = limits.max_pixels // (2 * limits.factor**2)
+        return VisionTower(
+            mmproj,
+            self._model,
+            n_threads=self._n_threads,
+            flash_attn=self._flash_attn,
+            max_image_tokens=max(most, n_tokens),
+        )
+
+    def _close_tower(self) -> None:
+        if self._tower is not None:
+            self._tower.close()
+            self._tower = None
+            return_free_memory()
 
     def reset(self) -> None:
         """Forget everything evaluated so far."""
@@ -135,6 +170,8 @@ class LlamaEngine:
             ContextFullError: They do not fit n_ctx.
             EngineError: llama.cpp failed.
         """
+        if self._residency is not None:
+            self._residency.begin()
         self._context.decode_tokens(list(tokens), n_outputs=n_outputs)
 
     def eval_image(self, image: ImageEmbedding) -> None:
@@ -144,6 +181,8 @@ class LlamaEngine:
             ContextFullError: It does not fit n_ctx.
             EngineError: llama.cpp failed.
         """
+        if self._residency is not None:
+            self._residency.begin()
         self._context.decode_image(image.data, image.grid)
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
@@ -158,10 +197,11 @@ class LlamaEngine:
 
     def close(self) -> None:
         """Free the vision tower, the context and the weights."""
-        if self._tower is not None:
-            self._tower.close()
-            self._tower = None
+        self._close_tower()
         self._context.close()
+        if self._residency is not None:
+            self._residency.close()
+            self._residency = None
         self._model.close()
 
 

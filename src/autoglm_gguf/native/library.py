@@ -5,11 +5,14 @@ Knows the version whose struct layouts the bindings describe. Does not know mode
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import logging
+import re
 import threading
 from collections import deque
+from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -26,6 +29,8 @@ _CONTINUED = 5  # GGML_LOG_LEVEL_CONT: the rest of the line before
 _KEPT_LINES = 8
 _last_errors: deque[str] = deque(maxlen=_KEPT_LINES)
 _last_level = logging.DEBUG
+_BUFFER_LINE = re.compile(r"(\S+) +(model|KV|compute|output) buffer size += +([\d.]+) MiB")
+_reports: list[dict[tuple[str, str], int]] = []
 _lock = threading.Lock()
 
 
@@ -73,6 +78,22 @@ def load_ggml() -> ctypes.CDLL:
     load_llama()
     library: ctypes.CDLL = _import("llama_cpp._ggml").libggml
     return library
+
+
+@contextlib.contextmanager
+def buffer_report() -> Iterator[dict[tuple[str, str], int]]:
+    """Collect what ggml says it allocates inside the ``with`` block.
+
+    Yields:
+        ``(buffer, use)``, for example ``("Vulkan0", "compute")``, to bytes, as lines arrive. Uses
+        are model, KV, compute and output; sizes are printed to a hundredth of a MiB.
+    """
+    found: dict[tuple[str, str], int] = {}
+    _reports.append(found)
+    try:
+        yield found
+    finally:
+        _reports.remove(found)
 
 
 def clear_errors() -> None:
@@ -130,6 +151,10 @@ def _on_log(level: int, text: bytes, _user_data: Any) -> None:
     if _last_level >= logging.ERROR and line:
         with _lock:
             _last_errors.append(line.strip())
+    if _reports and (match := _BUFFER_LINE.search(line)):
+        key, n_bytes = (match[1], match[2]), round(float(match[3]) * 2**20)
+        for report in _reports:
+            report[key] = report.get(key, 0) + n_bytes
     if line:
         # Quiet by default: llama.cpp's info is our debug, its warnings our info.
         logger.log(_last_level if _last_level >= logging.ERROR else _last_level - 10, "%s", line)

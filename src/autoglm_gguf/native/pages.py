@@ -12,6 +12,7 @@ import ctypes.util
 import mmap
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 IS_LINUX = sys.platform.startswith("linux")
 IS_MACOS = sys.platform == "darwin"
 SUPPORTED = IS_LINUX or IS_MACOS
-_READ_AHEAD_BYTES = 1 << 20  # one call reads at most the device's largest request
+_READ_BYTES = 4 << 20
 _MADV_DONTNEED = 4  # the same number on Linux and macOS
 _MAP_FIXED, _MAP_SHARED, _PROT_READ = 0x10, 0x01, 0x01  # the same on both
 
@@ -83,17 +84,36 @@ def forget_cached(descriptor: int, start: int, end: int) -> None:
         os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
-def read_ahead(descriptor: int, start: int, end: int) -> None:
-    """Ask the system to read file bytes into its page cache; returns before they are there."""
-    for at in range(start, end, _READ_AHEAD_BYTES):
-        n_bytes = min(_READ_AHEAD_BYTES, end - at)
-        if IS_LINUX:
-            os.posix_fadvise(descriptor, at, n_bytes, os.POSIX_FADV_WILLNEED)
-        else:
-            import fcntl
+def read_in(descriptor: int, start: int, end: int, stopped: Callable[[], bool]) -> None:
+    """Read file bytes into the page cache, in order; parts that are there already cost nothing.
 
-            request = _RadAdvisory(at, n_bytes)
-            fcntl.fcntl(descriptor, _F_RDADVISE, bytes(request))
+    Args:
+        descriptor: The open file.
+        start: First byte.
+        end: Byte after the last.
+        stopped: Asked between parts; True ends the reading.
+    """
+    buffer = memoryview(_read_buffer())
+    for at in range(start, end, len(buffer)):
+        if stopped():
+            return
+        part = buffer[: min(len(buffer), end - at)]
+        if not _is_cached(descriptor, at, len(part)):
+            os.preadv(descriptor, [part], at)
+
+
+def _is_cached(descriptor: int, start: int, n_bytes: int) -> bool:
+    """Whether the first and last page of a part are in the page cache; False if unknown."""
+    if not IS_LINUX:
+        return False
+    page = bytearray(1)
+    for at in (start, start + n_bytes - 1):
+        try:
+            if os.preadv(descriptor, [page], at, os.RWF_NOWAIT) != 1:
+                return False
+        except OSError:  # EAGAIN: it would have to be read; or the file system cannot say
+            return False
+    return True
 
 
 def return_free_memory() -> None:
@@ -104,15 +124,13 @@ def return_free_memory() -> None:
             trim(0)
 
 
-_F_RDADVISE = 44  # <sys/fcntl.h> of macOS
 _BASIC_INFO_64, _BASIC_INFO_WORDS = 9, 9  # <mach/vm_region.h>
 _MAX_PATH_BYTES = 4096
 
 
-class _RadAdvisory(ctypes.Structure):
-    """<sys/fcntl.h> of macOS, ``struct radvisory``."""
-
-    _fields_ = (("ra_offset", ctypes.c_int64), ("ra_count", ctypes.c_int))
+@cache
+def _read_buffer() -> bytearray:
+    return bytearray(_READ_BYTES)
 
 
 def _macos_mappings(wanted: str) -> list[Mapping]:

@@ -1,0 +1,83 @@
+"""Puts a text model's weights where a plan says, and keeps the page bookkeeping for it.
+
+The peak at load is part of the promise: llama.cpp maps the whole file with all its pages, so a load
+that must stay small is watched.
+"""
+
+from __future__ import annotations
+
+import time
+
+from autoglm_gguf.config import ContextParams
+from autoglm_gguf.devices import probe_memory
+from autoglm_gguf.gguf.header import Header
+from autoglm_gguf.memory.estimate import layer_of, layer_span
+from autoglm_gguf.memory.plan import MemoryPlan
+from autoglm_gguf.memory.residency import LoadWatch, Residency
+from autoglm_gguf.native.ggml import can_repack, host_buffer_type, repack_buffer_type
+from autoglm_gguf.native.llama import LlamaModel, Placement
+
+_PROBE_SECONDS = 5.0
+
+
+def load_weights(header: Header, params: ContextParams, plan: MemoryPlan | None) -> LlamaModel:
+    """Load the weights of a checked text GGUF.
+
+    Raises:
+        EngineError: llama.cpp refused the file.
+    """
+    if plan is None or plan.weights == "repacked":
+        placement = Placement(mapped=False, repacked=True)
+    elif plan.weights == "mapped":
+        placement = Placement()
+    else:
+        placement = Placement(copied=_copied(header, frozenset(plan.places.copied)))
+    watched = plan is not None and plan.weights == "streamed"
+    with LoadWatch(header.path, enabled=watched):
+        return LlamaModel(header.path, n_gpu_layers=params.n_gpu_layers, placement=placement)
+
+
+def open_residency(header: Header, plan: MemoryPlan | None) -> Residency | None:
+    """The page bookkeeping that a plan asks for; None if it asks for none."""
+    if plan is None or not (plan.places.streamed or plan.places.yielding):
+        return None
+    residency = Residency(
+        header.path,
+        streamed={layer: layer_span(header, layer) for layer in plan.places.streamed},
+        yielding=[layer_span(header, layer) for layer in plan.places.yielding],
+        cache_is_scarce=_CacheScarcity(plan.streamed_bytes),
+    )
+    if plan.weights == "streamed":
+        residency.drop_all()
+    return residency
+
+
+def _copied(header: Header, layers: frozenset[int]) -> dict[str, int]:
+    """Matrices that stay, each with the buffer type whose kernels are the fastest for it."""
+    repack, host = repack_buffer_type(), host_buffer_type()
+    placed: dict[str, int] = {}
+    for tensor in header.tensors.values():
+        if len(tensor.shape) != 2:
+            continue  # vectors are small, and stay mapped with their neighbours
+        if tensor.name != "output.weight" and layer_of(tensor.name) not in layers:
+            continue
+        fast = repack is not None and can_repack(tensor.ggml_type, *tensor.shape)
+        placed[tensor.name] = repack if fast and repack is not None else host
+    return placed
+
+
+class _CacheScarcity:
+    """Whether the page cache can hold the streamed layers, asked again every few seconds."""
+
+    def __init__(self, streamed_bytes: int) -> None:
+        self._streamed_bytes = streamed_bytes
+        self._asked = -_PROBE_SECONDS
+        self._scarce = False
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self._asked >= _PROBE_SECONDS:
+            memory = probe_memory()
+            self._scarce = memory is not None and memory.available_bytes < self._streamed_bytes
+            self._asked = now
+        return self._scarce

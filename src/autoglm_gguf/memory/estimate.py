@@ -1,0 +1,216 @@
+"""Bytes that running a GGUF pair takes, by arithmetic from its headers alone.
+
+Knows llama.cpp's graphs of this family on the CPU, as far as they decide sizes; loads nothing and
+asks the machine nothing. Checked against llama.cpp's own dry run and against measured processes in
+tests/memory and benchmarks/memory.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from autoglm_gguf.config import CacheType
+from autoglm_gguf.errors import GGUFError
+from autoglm_gguf.gguf import names
+from autoglm_gguf.gguf.header import Header, TensorInfo
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_CACHE_BLOCKS: dict[CacheType, tuple[int, int]] = {  # elements, bytes
+    "f32": (1, 4),
+    "f16": (1, 2),
+    "bf16": (1, 2),
+    "q8_0": (32, 34),
+    "q4_0": (32, 18),
+}
+_CELLS_PER_PAD = 256  # llama.cpp rounds n_ctx up to it
+_F32, _F16 = 4, 2
+# What llama.cpp keeps of a vocabulary, measured with the published model's 151,552 tokens (6 bytes
+# each on average) and 302,077 merges: two tables of tokens, one of merge ranks.
+_BYTES_PER_TOKEN = 130
+_BYTES_PER_MERGE = 110
+
+
+@dataclass(frozen=True, slots=True)
+class TextShape:
+    """Sizes of a text model, from its header."""
+
+    n_layers: int
+    n_embd: int
+    n_ff: int
+    """Feed-forward width after gating."""
+    n_heads: int
+    n_heads_kv: int
+    head_dim: int
+    n_vocab: int
+    n_merges: int
+    layer_bytes: tuple[int, ...]
+    """Weights of each layer."""
+    token_embd_bytes: int
+    output_bytes: int
+    """0 where the token embedding is used twice."""
+    other_bytes: int
+    """Norms and whatever belongs to no layer."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """All weights."""
+        return sum(self.layer_bytes) + self.token_embd_bytes + self.output_bytes + self.other_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TowerShape:
+    """Sizes of a vision tower, from its header."""
+
+    weights_bytes: int
+    hidden: int
+    """Width of its blocks."""
+    n_ff: int
+    """Width of its blocks' feed-forward."""
+    merger_width: int
+    n_embd: int
+    """Width of the text model's embeddings."""
+    patch_size: int
+    merge_size: int
+
+
+def text_shape(header: Header) -> TextShape:
+    """Sizes of a text GGUF.
+
+    Raises:
+        GGUFError: A size is missing or absurd.
+    """
+    n_layers = _size(header, "{arch}.block_count")
+    n_embd = _size(header, "{arch}.embedding_length")
+    n_heads = _size(header, "{arch}.attention.head_count")
+    n_heads_kv = header.get_int("{arch}.attention.head_count_kv") or n_heads
+    layers: dict[int, int] = dict.fromkeys(range(n_layers), 0)
+    loose = {"token_embd.weight": 0, "output.weight": 0}
+    other = 0
+    for tensor in header.tensors.values():
+        number = layer_of(tensor.name)
+        if number is not None and number in layers:
+            layers[number] += tensor.n_bytes
+        elif tensor.name in loose:
+            loose[tensor.name] += tensor.n_bytes
+        else:
+            other += tensor.n_bytes
+    merges = header.metadata.get(names.MERGES)
+    return TextShape(
+        n_layers=n_layers,
+        n_embd=n_embd,
+        n_ff=_size(header, "{arch}.feed_forward_length"),
+        n_heads=n_heads,
+        n_heads_kv=n_heads_kv,
+        head_dim=header.get_int("{arch}.attention.key_length") or n_embd // n_heads,
+        n_vocab=len(header.metadata[names.TOKENS]),
+        n_merges=len(merges) if isinstance(merges, list) else 0,
+        layer_bytes=tuple(layers.values()),
+        token_embd_bytes=loose["token_embd.weight"],
+        output_bytes=loose["output.weight"],
+        other_bytes=other,
+    )
+
+
+def tower_shape(header: Header) -> TowerShape:
+    """Sizes of an mmproj GGUF.
+
+    Raises:
+        GGUFError: A size is missing or absurd.
+    """
+    merger = header.tensors.get("mm.down.weight")
+    return TowerShape(
+        weights_bytes=header.weights_bytes,
+        hidden=_size(header, "clip.vision.embedding_length"),
+        n_ff=_size(header, "clip.vision.feed_forward_length"),
+        merger_width=merger.shape[0] if merger is not None else 0,
+        n_embd=_size(header, names.PROJECTION_DIM),
+        patch_size=_size(header, names.PATCH_SIZE),
+        merge_size=header.get_int(names.MERGE_SIZE) or 2,
+    )
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a tensor belongs to; None for those outside the layers."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+def layer_span(header: Header, layer: int) -> tuple[int, int]:
+    """``(first, last + 1)`` file byte of a layer's tensors, which `convert` writes side by side."""
+    inside: list[TensorInfo] = [t for t in header.tensors.values() if layer_of(t.name) == layer]
+    return min(t.offset for t in inside), max(t.offset + t.n_bytes for t in inside)
+
+
+def kv_cache_bytes(shape: TextShape, n_ctx: int, type_k: CacheType, type_v: CacheType) -> int:
+    """The KV cache of one sequence: n_ctx rounded up to 256 cells."""
+    cells = -(-n_ctx // _CELLS_PER_PAD) * _CELLS_PER_PAD
+    width = shape.n_heads_kv * shape.head_dim
+    per_cell = 0
+    for kind in (type_k, type_v):
+        elements, n_bytes = _CACHE_BLOCKS[kind]
+        per_cell += -(-width // elements) * n_bytes
+    return cells * shape.n_layers * per_cell
+
+
+def compute_bytes(
+    shape: TextShape, n_ctx: int, n_batch: int, *, flash_attn: bool, n_outputs: int = 1
+) -> int:
+    """Scratch for one batch on the CPU: the graph's largest moment, and the kernels' work space.
+
+    The largest moment is the feed-forward (its fused input and gated output, and four rows of
+    embeddings), without flash attention usually the attention scores, with many outputs the
+    logits. Every graph holds the attention mask.
+    """
+    n_batch = min(n_batch, n_ctx)
+    cells = -(-n_ctx // _CELLS_PER_PAD) * _CELLS_PER_PAD
+    feed_forward = n_batch * _F32 * (3 * shape.n_ff + 4 * shape.n_embd + 8)
+    logits = n_outputs * _F32 * (shape.n_vocab + 2 * shape.n_embd)
+    scores = 0
+    if not flash_attn:
+        width = 5 * shape.n_embd + 2 * shape.n_heads_kv * shape.head_dim
+        scores = n_batch * _F32 * (shape.n_heads * cells + width)
+    mask = n_batch * cells * (_F16 if flash_attn else _F32)
+    # Activations quantised for the weights' kernels: at most q8_K, 292 bytes for 256 elements.
+    work = n_batch * shape.n_ff * 292 // 256
+    return max(feed_forward, logits, scores) + mask + work
+
+
+def output_bytes(shape: TextShape, n_outputs: int = 1) -> int:
+    """Logits kept for the caller."""
+    return n_outputs * shape.n_vocab * _F32
+
+
+def vocabulary_bytes(shape: TextShape) -> int:
+    """What llama.cpp keeps of the tokens and merges."""
+    return shape.n_vocab * _BYTES_PER_TOKEN + shape.n_merges * _BYTES_PER_MERGE
+
+
+def encode_bytes(shape: TowerShape, n_image_tokens: int) -> int:
+    """Peak scratch while one image is encoded, with flash attention, beside the tower's weights.
+
+    Four patches a token: the blocks' feed-forward (gate, up, their product) and six rows of width
+    ``hidden``; or the merger on whole tokens; the pixels in f32 and as unfolded patches.
+    """
+    n_patches = n_image_tokens * shape.merge_size**2
+    blocks = n_patches * _F32 * (3 * shape.n_ff + 4 * shape.hidden)
+    merger = n_image_tokens * _F32 * (3 * shape.merger_width + 2 * shape.n_embd)
+    pixels = n_patches * shape.patch_size**2 * 3
+    unfolded = 2 * pixels * _F32
+    work = n_patches * shape.n_ff * 292 // 256
+    return max(blocks, merger) + unfolded + work + 2 * pixels
+
+
+def embedding_bytes(shape: TowerShape, n_image_tokens: int) -> int:
+    """An encoded image: ``(n_image_tokens, n_embd)`` in f32."""
+    return n_image_tokens * shape.n_embd * _F32
+
+
+def _size(header: Header, key: str) -> int:
+    value = header.get_int(key)
+    if value is None or not 0 < value < 2**31:
+        name = key.format(arch=header.architecture)
+        raise GGUFError(
+            f"{header.path.name}: no usable {name} ({value})", hint="convert the checkpoint again"
+        )
+    return value

@@ -1,0 +1,226 @@
+"""What a choice of sizes and places costs: bytes per phase, and which layers stay.
+
+Arithmetic over one pair's shapes; searches nothing (that is ``plan``) and loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from autoglm_gguf.config import ContextParams
+from autoglm_gguf.gguf.describe import ModelDescription
+from autoglm_gguf.memory import estimate
+from autoglm_gguf.memory.estimate import TextShape, TowerShape
+from autoglm_gguf.memory.residency import LAYERS_AHEAD
+from autoglm_gguf.native.ggml import can_repack
+
+Weights: TypeAlias = Literal["repacked", "mapped", "streamed"]
+FLOOR_BYTES = 72_000_000
+"""Python, numpy, Pillow and the libraries' pages: measured, Linux x86-64."""
+_SCREEN_BYTES = 1080 * 2400 * 7  # a decoded screenshot, RGBA and RGB
+_LOAD_OVERSHOOT_BYTES = 160_000_000  # pages a watched load touches between two looks
+_ROOM_FOR_WORDS = 256  # n_ctx that an image may not take
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing that takes memory."""
+
+    name: str
+    load_bytes: int
+    encode_bytes: int
+    decode_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One point in the space of choices."""
+
+    params: ContextParams
+    weights: Weights
+    """``repacked``: copied into kernel order; ``mapped``: the file's own pages; ``streamed``: some
+    layers copied, the others read and dropped for every batch."""
+    tower_on_demand: bool
+    gives_way: bool
+    """Mapped layers are dropped while an image is encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Which layers lie where; those in none of the three are mapped for good."""
+
+    copied: tuple[int, ...] = ()
+    """In anonymous memory."""
+    streamed: tuple[int, ...] = ()
+    """Read and dropped for every batch."""
+    yielding: tuple[int, ...] = ()
+    """Mapped, and dropped while an image is encoded."""
+
+
+class Holding:
+    """Evaluates choices for one pair.
+
+    ``usable``, in every method, is the bytes that may be held: it decides how many layers give way
+    or are streamed, where the choice allows that.
+
+    Args:
+        described: The pair.
+        floor_bytes: What the process holds without the model.
+    """
+
+    def __init__(self, described: ModelDescription, floor_bytes: int) -> None:
+        self.text: TextShape = estimate.text_shape(described.text)
+        tower = described.mmproj
+        self.tower: TowerShape | None = None if tower is None else estimate.tower_shape(tower)
+        self.repacks = _repacks(described)
+        """Most of the layers' weights have faster kernels in another order on this CPU."""
+        self._limits = described.vision
+        self._floor_bytes = floor_bytes
+        # Read for every token, and in no layer.
+        tied = 0 if self.text.output_bytes else self.text.token_embd_bytes
+        self._lasting_bytes = self.text.output_bytes + self.text.other_bytes + tied
+
+    def peak(self, choice: Choice, usable: int) -> int:
+        """Bytes at the worst moment."""
+        return max(self.phases(choice, usable).values())
+
+    def phases(self, choice: Choice, usable: int) -> dict[str, int]:
+        """Bytes at the worst moment of each phase; no encode without a tower."""
+        sums = sum_phases(self.items(choice, usable))
+        if self.tower is None:
+            del sums["encode"]
+        return sums
+
+    def items(self, choice: Choice, usable: int) -> tuple[Item, ...]:
+        """Everything that is held."""
+        return (
+            *self._base(choice),
+            *self._vision(choice),
+            self._weights(choice, self.places(choice, usable)),
+        )
+
+    def image_tokens(self, params: ContextParams) -> int:
+        """The largest image that can come; 0 without a tower."""
+        if self._limits is None:
+            return 0
+        most = self._limits.max_pixels // (2 * self._limits.factor**2)
+        if params.max_image_tokens is not None:
+            most = min(most, params.max_image_tokens)
+        return max(1, min(most, params.n_ctx - _ROOM_FOR_WORDS))
+
+    def layers_bytes(self, layers: Sequence[int]) -> int:
+        """Weights of some layers."""
+        return sum(self.text.layer_bytes[layer] for layer in layers)
+
+    def places(self, choice: Choice, usable: int) -> Places:
+        """Which layers lie where."""
+        if choice.weights == "streamed":
+            return self._streamed_places(choice, usable)
+        if not choice.gives_way:
+            return Places()
+        others = sum_phases([*self._base(choice), *self._vision(choice)])
+        excess = self.text.weights_bytes + others["encode"] - usable
+        yielding: list[int] = []
+        for layer in reversed(range(self.text.n_layers)):
+            if excess <= 0:
+                break
+            yielding.insert(0, layer)
+            excess -= self.text.layer_bytes[layer]
+        return Places(yielding=tuple(yielding))
+
+    def _streamed_places(self, choice: Choice, usable: int) -> Places:
+        text, lasting = self.text, self._lasting_bytes
+        others = sum_phases([*self._base(choice), *self._vision(choice)])
+        largest = max(text.layer_bytes, default=1)
+        window = min(text.n_layers, LAYERS_AHEAD + 1) * largest
+        n_kept = (usable - others["decode"] - lasting - window) // largest
+        n_kept = max(0, min(text.n_layers - 1, n_kept))
+        # What is copied stays through the load and through every image.
+        tightest = max(others["load"] + _LOAD_OVERSHOOT_BYTES, others["encode"])
+        n_copied = max(0, min(n_kept, (usable - tightest - lasting) // largest))
+        streamed = _spread(text.n_layers, text.n_layers - n_kept)
+        kept = [layer for layer in range(text.n_layers) if layer not in streamed]
+        return Places(tuple(kept[:n_copied]), streamed, tuple(kept[n_copied:]))
+
+    def _base(self, choice: Choice) -> list[Item]:
+        """What is held in every phase, whatever is chosen for the weights."""
+        text, params = self.text, choice.params
+        compute = estimate.compute_bytes(
+            text, params.n_ctx, params.n_batch, flash_attn=params.flash_attn
+        )
+        kv_cache = estimate.kv_cache_bytes(text, params.n_ctx, params.type_k, params.type_v)
+        types = params.type_k if params.type_k == params.type_v else f"{params.type_k}/"
+        types += "" if params.type_k == params.type_v else params.type_v
+        always = (
+            ("process", self._floor_bytes, "Python and libraries"),
+            ("vocabulary", estimate.vocabulary_bytes(text), f"{text.n_vocab} tokens"),
+            ("kv_cache", kv_cache, f"{params.n_ctx} cells, {types}"),
+            (
+                "compute",
+                compute + estimate.output_bytes(text),
+                f"{min(params.n_batch, params.n_ctx)} tokens a batch",
+            ),
+        )
+        return [Item(name, n, n, n, reason) for name, n, reason in always]
+
+    def _vision(self, choice: Choice) -> list[Item]:
+        if self.tower is None:
+            return []
+        n_tokens = self.image_tokens(choice.params)
+        scratch = estimate.encode_bytes(self.tower, n_tokens)
+        image = estimate.embedding_bytes(self.tower, n_tokens)
+        weights = self.tower.weights_bytes
+        stays = 0 if choice.tower_on_demand else 1
+        how = "loaded for each image" if choice.tower_on_demand else "resident from the first image"
+        return [
+            Item("tower", 0, weights, stays * weights, how),
+            Item("encode", 0, scratch, stays * scratch, f"{n_tokens} image tokens at most"),
+            Item("image", 0, _SCREEN_BYTES + 2 * image, image, "pixels and embeddings"),
+        ]
+
+    def _weights(self, choice: Choice, places: Places) -> Item:
+        text = self.text
+        total = text.weights_bytes
+        if choice.weights == "repacked":
+            staging = max(text.token_embd_bytes, text.output_bytes)
+            return Item("weights", total + staging, total, total, "copied into the kernels' order")
+        if choice.weights == "mapped":
+            left = total - self.layers_bytes(places.yielding)
+            return Item("weights", total, left, total, "the file's own pages")
+        kept = self.layers_bytes(places.copied) + self._lasting_bytes
+        window = min(len(places.streamed), LAYERS_AHEAD + 1) * max(text.layer_bytes)
+        return Item(
+            "weights",
+            kept + _LOAD_OVERSHOOT_BYTES,
+            kept,
+            kept + self.layers_bytes(places.yielding) + window,
+            f"{len(places.copied)} layers copied, {len(places.yielding)} mapped, "
+            f"{len(places.streamed)} streamed",
+        )
+
+
+def sum_phases(items: Sequence[Item]) -> dict[str, int]:
+    """Bytes of all items in each phase."""
+    return {
+        "load": sum(item.load_bytes for item in items),
+        "encode": sum(item.encode_bytes for item in items),
+        "decode": sum(item.decode_bytes for item in items),
+    }
+
+
+def _spread(n_layers: int, n_chosen: int) -> tuple[int, ...]:
+    """Layers spread evenly: between two streamed ones there is time to read."""
+    return tuple(int((at + 0.5) * n_layers / n_chosen) for at in range(n_chosen))
+
+
+def _repacks(described: ModelDescription) -> bool:
+    total = fast = 0
+    for tensor in described.text.tensors.values():
+        if len(tensor.shape) == 2 and estimate.layer_of(tensor.name) is not None:
+            total += tensor.n_bytes
+            if can_repack(tensor.ggml_type, *tensor.shape):
+                fast += tensor.n_bytes
+    return 2 * fast > total

@@ -1,0 +1,157 @@
+"""Which pages of a mapped model stay in memory, and which pass through.
+
+Three kinds of layer: *copied* ones lie in anonymous memory, which nothing takes away where there is
+no swap, and need no right to lock; *mapped* ones stay in the mapping while tokens are made and
+give way to the vision tower while an image is encoded; *streamed* ones are read two ahead of the
+computation and dropped behind it. Linux and macOS; knows byte spans, not what is in them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from autoglm_gguf.native import pages
+
+LAYERS_AHEAD = 2
+"""Streamed layers read before they are needed; one more is in use."""
+_LOOK_SECONDS = 0.004  # how often a load is looked at
+Span = tuple[int, int]
+
+
+class LoadWatch:
+    """Keeps a mapping small while llama.cpp loads it, which touches the whole file at once.
+
+    Use as a context manager around the load.
+
+    Args:
+        path: The file that is being mapped.
+        enabled: Do nothing if False.
+    """
+
+    def __init__(self, path: Path, *, enabled: bool = True) -> None:
+        self._path = path
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="load-watch", daemon=True)
+        self._enabled = enabled and pages.SUPPORTED
+
+    def _watch(self) -> None:
+        descriptor = os.open(self._path, os.O_RDONLY)
+        size = os.fstat(descriptor).st_size
+        try:
+            while not self._done.wait(_LOOK_SECONDS):
+                for mapping in pages.find_mappings(self._path):
+                    pages.drop_pages(mapping, 0, size, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def __enter__(self) -> LoadWatch:
+        if self._enabled:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        if self._enabled:
+            self._thread.join()
+
+
+class Residency:
+    """Drops and reads ahead the pages of one mapped file; close it before the file is unmapped.
+
+    Args:
+        path: The mapped file.
+        streamed: Layer number to its span of file bytes, in the order of computation.
+        yielding: Spans that are dropped by `give_way`.
+        cache_is_scarce: The page cache cannot hold the streamed layers: what was used is dropped
+            there too, so that the system need not choose.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        streamed: Mapping[int, Span],
+        yielding: Sequence[Span] = (),
+        cache_is_scarce: Callable[[], bool],
+    ) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._mappings = pages.find_mappings(path)
+        self._streamed = dict(streamed)
+        self._yielding = list(yielding)
+        self._cache_is_scarce = cache_is_scarce
+        order = list(self._streamed)
+        self._next = {
+            layer: order[(at + LAYERS_AHEAD) % len(order)] for at, layer in enumerate(order)
+        }
+        self._wanted: list[int] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._reader = threading.Thread(target=self._read, name="read-ahead", daemon=True)
+        if order:
+            self._reader.start()
+
+    @property
+    def watched_layers(self) -> tuple[int, ...]:
+        """The layers after which `passed` must be called."""
+        return tuple(self._streamed)
+
+    def begin(self) -> None:
+        """Read the first streamed layers: a batch is about to start."""
+        self._want(list(self._streamed)[:LAYERS_AHEAD])
+
+    def passed(self, layer: int) -> None:
+        """The computation is done with a layer: drop it, and read the one after the next."""
+        start, end = self._streamed[layer]
+        self._drop(start, end)
+        if self._cache_is_scarce():
+            pages.forget_cached(self._descriptor, start, end)
+        self._want([self._next[layer]])
+
+    def give_way(self) -> None:
+        """Drop the yielding spans from this process; they come back as they are used."""
+        for start, end in self._yielding:
+            self._drop(start, end)
+            if self._cache_is_scarce():
+                pages.forget_cached(self._descriptor, start, end)
+
+    def drop_all(self) -> None:
+        """Drop every page of the file from this process, as after a load."""
+        self._drop(0, os.fstat(self._descriptor).st_size)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._reader.ident is not None:
+            self._reader.join()
+        os.close(self._descriptor)
+
+    def _drop(self, start: int, end: int) -> None:
+        for mapping in self._mappings:
+            pages.drop_pages(mapping, start, end, self._descriptor)
+
+    def _want(self, layers: Sequence[int]) -> None:
+        with self._changed:
+            self._wanted += [layer for layer in layers if layer not in self._wanted]
+            self._changed.notify()
+
+    def _read(self) -> None:
+        while True:
+            with self._changed:
+                while not self._wanted and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                layer = self._wanted.pop(0)
+            start, end = self._streamed[layer]
+            pages.read_in(self._descriptor, start, end, lambda: self._closed)

@@ -53,6 +53,47 @@ TEMPLATE = (
 )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The special tokens of a tokenizer, in the order of their ids, behind the plain vocabulary."""
+
+    specials: tuple[str, ...]
+    shown: tuple[str, ...]
+    """Those that tokenizer.json does not mark as special: they are part of the text."""
+    eos: tuple[str, ...]
+
+
+GLM41V = Layout(SPECIALS, TAGS, EOS)
+# GLM-4.6V-Flash, whose 151329 is the first: 151348, GLM-4.1V's </answer>, is <|code_middle|> here,
+# there is no </answer>, <|image|> is 151363 and not marked as special.
+_GLM46V_SPECIALS = (
+    *SPECIALS[:14],
+    "<|begin_of_audio|>",
+    "<|end_of_audio|>",
+    "<|begin_of_transcription|>",
+    "<|end_of_transcription|>",
+    "<|code_prefix|>",
+    "<|code_middle|>",
+    "<|code_suffix|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
+    "/nothink",
+    "<|begin_of_box|>",
+    "<|end_of_box|>",
+    "<|image|>",
+    "<|video|>",
+)
+GLM46V = Layout(_GLM46V_SPECIALS, _GLM46V_SPECIALS[18:], EOS[:3])
+
+
 @dataclass
 class Shape:
     """A checkpoint's sizes and style; the defaults are as small as q4_0 and q8_0 allow."""
@@ -78,7 +119,11 @@ class Shape:
     dtype: str = "BF16"
     n_shards: int = 2
     seed: int = 1
-    eos: tuple[str, ...] = EOS
+    layout: Layout = GLM41V
+    architecture: str = "Glm4vForConditionalGeneration"
+    eos: tuple[str, ...] | None = None
+    """Listed in generation_config.json; None takes the layout's."""
+    template: str = TEMPLATE
     n_vocab: int = 0
     """Rows of the embeddings; 0 takes `vocab_size`."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -93,7 +138,7 @@ def byte_symbols() -> dict[int, str]:
     return {**table, **{byte: chr(256 + n) for n, byte in enumerate(hidden)}}
 
 
-def tokenizer_json() -> dict[str, Any]:
+def tokenizer_json(layout: Layout = GLM41V) -> dict[str, Any]:
     """A byte-level BPE with GLM-4's pattern, a few merges and the special tokens."""
     symbols = byte_symbols()
     vocab = {symbols[byte]: byte for byte in range(256)}
@@ -116,9 +161,9 @@ def tokenizer_json() -> dict[str, Any]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": token not in TAGS,
+            "special": token not in layout.shown,
         }
-        for n, token in enumerate(SPECIALS)
+        for n, token in enumerate(layout.specials)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {
@@ -154,25 +199,25 @@ def tokenizer_json() -> dict[str, Any]:
     }
 
 
-def token_ids() -> dict[str, int]:
+def token_ids(layout: Layout = GLM41V) -> dict[str, int]:
     """Every token of `tokenizer_json` and its id."""
-    raw = tokenizer_json()
+    raw = tokenizer_json(layout)
     return {**raw["model"]["vocab"], **{t["content"]: t["id"] for t in raw["added_tokens"]}}
 
 
-def vocab_size() -> int:
+def vocab_size(layout: Layout = GLM41V) -> int:
     """Rounded up to a multiple of 32: some ids have no token, as in the published models."""
-    return -(-len(token_ids()) // 32) * 32
+    return -(-len(token_ids(layout)) // 32) * 32
 
 
 def config_json(shape: Shape) -> dict[str, Any]:
     """``config.json`` in one of the three rope styles."""
-    ids = token_ids()
+    ids = token_ids(shape.layout)
     rope: dict[str, Any] = {"rope_type": "default", "mrope_section": list(shape.mrope_section)}
     theta = {"rope_theta": shape.rope_theta, "partial_rotary_factor": 0.5}
     text: dict[str, Any] = {
         "model_type": "glm4v_text",
-        "vocab_size": shape.n_vocab or vocab_size(),
+        "vocab_size": shape.n_vocab or vocab_size(shape.layout),
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.n_layers,
         "num_attention_heads": shape.n_heads,
@@ -193,8 +238,8 @@ def config_json(shape: Shape) -> dict[str, Any]:
     else:
         text |= {"mrope_section": list(shape.mrope_section), **theta}
     return {
-        "architectures": ["Glm4vForConditionalGeneration"],
-        "model_type": "glm4v",
+        "architectures": [shape.architecture],
+        "model_type": shape.architecture.removesuffix("ForConditionalGeneration").lower(),
         "tie_word_embeddings": shape.tied,
         "image_start_token_id": ids["<|begin_of_image|>"],
         "image_end_token_id": ids["<|end_of_image|>"],
@@ -229,7 +274,7 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     width, inner = shape.hidden_size, shape.intermediate_size
     q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     table: dict[str, tuple[int, ...]] = {
-        f"{text}embed_tokens.weight": (shape.n_vocab or vocab_size(), width)
+        f"{text}embed_tokens.weight": (shape.n_vocab or vocab_size(shape.layout), width)
     }
     for n in range(shape.n_layers):
         layer = f"{text}layers.{n}."
@@ -248,7 +293,7 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
         table[f"{layer}mlp.down_proj.weight"] = (width, inner)
     table[f"{text}norm.weight"] = (width,)
     if not shape.tied:
-        table["lm_head.weight"] = (shape.n_vocab or vocab_size(), width)
+        table["lm_head.weight"] = (shape.n_vocab or vocab_size(shape.layout), width)
     eye = shape.vision_hidden
     table[f"{vision}patch_embed.proj.weight"] = (eye, 3, 2, 14, 14)
     table[f"{vision}patch_embed.proj.bias"] = (eye,)
@@ -318,14 +363,14 @@ def build_checkpoint(directory: Path, shape: Shape | None = None) -> Path:
     """Write a whole checkpoint; returns the directory."""
     shape = shape or Shape()
     directory.mkdir(parents=True, exist_ok=True)
-    ids = token_ids()
+    ids = token_ids(shape.layout)
     write_json(directory / "config.json", config_json(shape))
-    eos = [ids[token] for token in shape.eos]
+    eos = [ids[token] for token in (shape.layout.eos if shape.eos is None else shape.eos)]
     write_json(
         directory / "generation_config.json",
         {"eos_token_id": eos, "pad_token_id": ids["<|endoftext|>"]},
     )
-    write_json(directory / "tokenizer.json", tokenizer_json())
+    write_json(directory / "tokenizer.json", tokenizer_json(shape.layout))
     write_json(
         directory / "tokenizer_config.json",
         {
@@ -338,7 +383,9 @@ def build_checkpoint(directory: Path, shape: Shape | None = None) -> Path:
     write_json(
         directory / "preprocessor_config.json",
         {
-            "image_processor_type": "Glm4vImageProcessor",
+            "image_processor_type": shape.architecture.replace(
+                "ForConditionalGeneration", "ImageProcessor"
+            ),
             "size": {"shortest_edge": 12544, "longest_edge": shape.max_pixels},
             "image_mean": [0.48145466, 0.4578275, 0.40821073],
             "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -347,7 +394,7 @@ def build_checkpoint(directory: Path, shape: Shape | None = None) -> Path:
             "merge_size": 2,
         },
     )
-    (directory / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
+    (directory / "chat_template.jinja").write_text(shape.template, "utf-8")
     tensors = list(random_tensors(shape).items())
     weight_map = {}
     for n in range(shape.n_shards):
@@ -514,21 +561,28 @@ def build_sparse_checkpoint(directory: Path, shape: Shape) -> Path:
 
 
 def build_scripted_checkpoint(
-    directory: Path, pieces: tuple[str, ...], *, endless: bool = False
+    directory: Path,
+    pieces: tuple[str, ...],
+    *,
+    endless: bool = False,
+    shape: Shape | None = None,
 ) -> Path:
-    """A checkpoint that answers every prompt with these pieces, a token each, then ``</answer>``.
+    """A checkpoint that answers every prompt with these pieces, a token each, then ends the turn.
 
-    Its layers add nothing, and its head knows which token follows which, beginning with the line
-    break that ends the assistant's header. All pieces must differ; at most six may be new tokens.
+    Its layers add nothing, and its head knows which token follows which, beginning with what ends
+    the assistant's header: the role's token or a line break. All pieces must differ; at most six
+    may be new tokens. The turn ends with ``</answer>``, or with the layout's first stop.
 
     Args:
         directory: Where it goes.
         pieces: Special tokens or new ones.
         endless: Repeat the last piece for ever.
+        shape: Its layout and template; the sizes stay small.
     """
-    shape = Shape()
+    shape = shape or Shape()
     build_checkpoint(directory, shape)
-    ids, symbols, raw = token_ids(), byte_symbols(), tokenizer_json()
+    ids, symbols = token_ids(shape.layout), byte_symbols()
+    raw = tokenizer_json(shape.layout)
     first_free = len(ids)
     for piece in pieces:
         if piece not in ids:
@@ -536,8 +590,10 @@ def build_scripted_checkpoint(
             raw["model"]["vocab"]["".join(symbols[b] for b in piece.encode())] = first_free
             first_free += 1
     write_json(directory / "tokenizer.json", raw)
-    end = pieces[-1] if endless else "</answer>"
-    chain = [ids[symbols[ord("\n")]], *(ids[piece] for piece in pieces), ids[end]]
+    stop = "</answer>" if "</answer>" in shape.layout.eos else shape.layout.eos[0]
+    chain = [ids[symbols[ord("\n")]], *(ids[piece] for piece in pieces)]
+    chain.append(ids[pieces[-1] if endless else stop])
+    header = ids["<|assistant|>"]
     tensors = random_tensors(shape)
     for name, values in tensors.items():
         if name.endswith(("self_attn.o_proj.weight", "lm_head.weight")) or (
@@ -546,8 +602,8 @@ def build_scripted_checkpoint(
             values[:] = 0
     embedding = tensors[f"{shape.prefixes[0]}embed_tokens.weight"]
     signs = np.random.default_rng(7).choice([-1.0, 1.0], embedding.shape)
-    embedding[chain] = signs[chain]
-    for token, following in itertools.pairwise(chain):
+    embedding[[header, *chain]] = signs[[header, *chain]]
+    for token, following in [(header, chain[1]), *itertools.pairwise(chain)]:
         tensors["lm_head.weight"][following] += embedding[token]
     for path in [*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"]:
         path.unlink()

@@ -1,6 +1,7 @@
-"""Random checkpoints of the text-only members of the family, written without torch.
+"""Random checkpoints of the other members of the family, written without torch.
 
-`build_glm` and `build_chatglm` hold the same weights in two layouts.
+`build_glm` and `build_chatglm` hold the same weights in two layouts; `glm46v` is a `Shape` for
+`build_checkpoint`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from builders import (
+    GLM46V,
     TEMPLATE,
     Shape,
     random_tensors,
@@ -24,6 +26,65 @@ from builders import (
 GLM = Shape(
     hidden_size=128, n_heads=4, n_kv_heads=2, head_dim=32, intermediate_size=160, n_layers=2
 )
+
+
+# What sets GLM-4.6V's template apart: a macro for content, a pass over all messages first, thinking
+# that is dropped from the history, and switches that a caller may leave undefined.
+GLM46V_TEMPLATE = """[gMASK]<sop>
+{%- macro visible(content) -%}
+    {%- if content is string -%}
+        {{- content }}
+    {%- else -%}
+        {%- for item in content -%}
+            {%- if item.type == 'image' or 'image' in item -%}
+                <|begin_of_image|><|image|><|end_of_image|>
+            {%- elif item.type == 'video' or 'video' in item -%}
+                <|begin_of_video|><|video|><|end_of_video|>
+            {%- elif item.type == 'text' -%}
+                {{- item.text }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set seen = namespace(last=-1) -%}
+{%- for m in messages -%}
+    {%- if m.role == 'user' -%}{%- set seen.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- set quick = enable_thinking is defined and not enable_thinking -%}
+{%- for m in messages %}
+{%- if m.role == 'assistant' -%}
+<|assistant|>
+    {%- set text = visible(m.content) -%}
+    {%- if '</think>' in text -%}{%- set text = text.split('</think>')[-1].lstrip('\n') -%}
+    {%- endif -%}
+{{ '\n<think></think>\n' + text.strip() }}
+{%- else -%}
+<|{{ m.role }}|>
+{{ visible(m.content) }}{{ '/nothink' if quick and loop.index0 == seen.last else '' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|assistant|>{{ '\n<think></think>' if quick else '' }}
+{%- endif -%}
+"""
+
+
+def glm46v(architecture: str = "Glm46VForConditionalGeneration", **changes: Any) -> Shape:
+    """GLM-4.6V-Flash: other special tokens, rope theta 500,000, another template.
+
+    Args:
+        architecture: It is published under Glm4v's class too.
+        **changes: Fields of `Shape`.
+    """
+    values: dict[str, Any] = {
+        "architecture": architecture,
+        "layout": GLM46V,
+        "template": GLM46V_TEMPLATE,
+        "rope_style": "rope_parameters",
+        "rope_theta": 500_000.0,
+        "max_pixels": 9_633_792,
+    }
+    return Shape(**values | changes)
 
 
 def build_glm4(directory: Path, shape: Shape = GLM) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from builders import read_json
 from PIL import Image
 
 from autoglm_gguf import ContextParams
@@ -56,15 +57,20 @@ class Original:
 def load_original(directory: Path) -> Original:
     """transformers' own classes; the tokenizer is the fast one of tokenizer.json."""
     import torch
-    from transformers import AutoTokenizer, Glm4vForConditionalGeneration
+    import transformers
+    from transformers import AutoTokenizer
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+    from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 
-    model = Glm4vForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    [architecture] = read_json(directory / "config.json")["architectures"]
+    of_46v = architecture == "Glm46VForConditionalGeneration"
+    processor = Glm46VImageProcessorPil if of_46v else Glm4vImageProcessorPil
+    model = getattr(transformers, architecture).from_pretrained(directory, dtype=torch.float32)
     return Original(
         directory,
-        model,
+        model.eval(),
         AutoTokenizer.from_pretrained(directory),
-        Glm4vImageProcessorPil.from_pretrained(directory),
+        processor.from_pretrained(directory),
     )
 
 

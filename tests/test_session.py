@@ -113,6 +113,11 @@ def test_generate_ends_before_the_end_of_answer_tag_unasked() -> None:
     assert (answer.text, answer.finish_reason) == ('<answer>do(action="Back")', "stop")
 
 
+def test_generate_goes_on_after_a_tag_that_is_no_stop_of_the_model() -> None:
+    model = AutoGLM(FakeEngine(b"a</answer>b", stop_strings=()))
+    assert model.generate("?", raw=True).text == "a</answer>b"
+
+
 @pytest.mark.parametrize(("n_prompt", "n_said"), [(3, 6), (6, 3), (7, 2)])
 def test_generate_fills_the_context_exactly(n_prompt: int, n_said: int) -> None:
     engine = FakeEngine(ENDLESS, n_ctx=8)
@@ -496,6 +501,21 @@ def test_act_returns_thinking_and_action() -> None:
     assert step.action == Action("Launch", {"app": "微信"})
     assert step.text == ANSWER.removesuffix("</answer>")
     assert step.usage.image_tokens == 24
+
+
+@pytest.mark.parametrize("stop", [(), "never", ["never"], ("never",)])
+def test_act_ends_at_the_end_of_answer_on_any_model(stop: str | Sequence[str]) -> None:
+    model = AutoGLM(FakeEngine(f"{ANSWER} and more".encode(), stop_strings=()))
+    assert model.act("打开微信", stop=stop).text == ANSWER.removesuffix("</answer>")
+    step = asyncio.run(model.aact("打开微信", stop=stop))
+    assert step.text == ANSWER.removesuffix("</answer>")
+
+
+def test_act_keeps_the_callers_stops() -> None:
+    model = AutoGLM(FakeEngine(b'do(action="Home") STOP </answer>', stop_strings=()))
+    assert model.act("home", stop="STOP").text == 'do(action="Home") '
+    with pytest.raises(ValueError, match="stop: a tuple of strings"):
+        model.act("home", stop=5)
 
 
 def test_act_writes_the_clients_layout() -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.engine.base import Engine, Sampler
-from autoglm_gguf.gguf.names import END_OF_ANSWER
 from autoglm_gguf.messages import Chunk, FinishReason, Timings, Usage
 from autoglm_gguf.stream import TextStream
 from autoglm_gguf.vision import Pixels
@@ -43,7 +42,7 @@ class Run:
 
     def __init__(self, engine: Engine, request: Request, stopped: threading.Event) -> None:
         self._engine, self._request, self._stopped = engine, request, stopped
-        self._text = TextStream((*request.params.stop, END_OF_ANSWER))
+        self._text = TextStream((*request.params.stop, *engine.info.stop_strings))
         self._sampler: Sampler | None = None
         self._timings = Timings()
         self._n_predicted = 0

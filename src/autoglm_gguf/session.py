@@ -269,7 +269,7 @@ class AutoGLM:
             Exception: Everything `stream` raises.
         """
         messages = self._act_messages(task, screenshot, system, current_app)
-        answer = self.generate(messages, max_tokens=max_tokens, **sampling)
+        answer = self.generate(messages, max_tokens=max_tokens, **_end_with_answer(sampling))
         thinking, action = parse_answer(answer.text)
         return Step(thinking, action, answer.text, answer.usage, answer.timings)
 
@@ -278,7 +278,7 @@ class AutoGLM:
         system = options.pop("system", _AUTO_SYSTEM)
         messages = self._act_messages(task, screenshot, system, options.pop("current_app", None))
         options.setdefault("max_tokens", 512)
-        chunks = [chunk async for chunk in self.astream(messages, **options)]
+        chunks = [chunk async for chunk in self.astream(messages, **_end_with_answer(options))]
         answer = collect(chunks)
         thinking, action = parse_answer(answer.text)
         return Step(thinking, action, answer.text, answer.usage, answer.timings)
@@ -497,6 +497,15 @@ def collect(chunks: Iterator[Chunk] | Sequence[Chunk]) -> Completion:
         last.usage or Usage(),
         last.timings or Timings(),
     )
+
+
+def _end_with_answer(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Sampling options with ``</answer>`` among the stops: there an action ends on any model."""
+    stop = sampling.get("stop", ())
+    if not isinstance(stop, str | list | tuple):
+        return sampling  # refused where it is read
+    given = (stop,) if isinstance(stop, str) else tuple(stop)
+    return {**sampling, "stop": (*given, END_OF_ANSWER)}
 
 
 def close_answer(text: str) -> str:

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 from builders import Shape, build_checkpoint
+from family import glm46v
 from parity import N_BATCH, Original, exact_params, load_original
 
 from autoglm_gguf import convert
 from autoglm_gguf.engine.llama import LlamaEngine
 
 TINY = Path(__file__).parents[2] / "models" / "autoglm-tiny"
-# What nothing may be tuned to: other widths and head counts, tied embeddings, each rope style.
+# What nothing may be tuned to: other widths and head counts, tied embeddings, each rope style,
+# other special tokens.
 SHAPES = {
     "wide_heads": Shape(
         hidden_size=192, n_heads=3, n_kv_heads=1, head_dim=64, mrope_section=(4, 6, 6)
@@ -31,6 +33,8 @@ SHAPES = {
         dtype="F32",
         n_shards=1,
     ),
+    "glm46v": glm46v(),
+    "glm46v_under_glm4vs_name": glm46v("Glm4vForConditionalGeneration", seed=5),
 }
 
 

@@ -90,13 +90,37 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 def test_prompt_equals_the_originals_rendering(
     tiny: Original, tiny_engine: LlamaEngine, name: str, add_generation_prompt: bool
 ) -> None:
-    messages = CONVERSATIONS[name]
-    expected = tiny.tokenizer.apply_chat_template(
+    check_rendering(tiny, tiny_engine, CONVERSATIONS[name], add_generation_prompt)
+
+
+def test_random_checkpoints_prompts_and_ids_equal_the_originals(
+    random_original: tuple[Original, LlamaEngine],
+) -> None:
+    """Other special tokens and another template among them."""
+    original, engine = random_original
+    for messages in CONVERSATIONS.values():
+        text = check_rendering(original, engine, messages, True)
+        expected = original.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert engine.tokenize(text) == expected
+    rng = random.Random(11)
+    for text in [*TEXTS, *(random_text(rng) for _ in range(50))]:
+        expected = original.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert engine.tokenize(text) == expected, repr(text)
+
+
+def check_rendering(
+    original: Original,
+    engine: LlamaEngine,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool,
+) -> str:
+    expected: str = original.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=add_generation_prompt
     )
-    template = tiny_engine.info.chat_template
+    template = engine.info.chat_template
     assert template is not None
     ours = render_prompt(
         parse_messages(messages), template, add_generation_prompt=add_generation_prompt
     )
     assert ours.text == expected
+    return expected

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import Shape, build_checkpoint
+from builders import GLM46V, Shape, build_checkpoint
+from family import glm46v
 
 from autoglm_gguf import AutoGLM, convert, read_header
 from autoglm_gguf.native.library import load_llama
@@ -69,6 +70,30 @@ def test_pair_equals_upstreams(source: Path, tmp_path: Path, outtype: str) -> No
     tower = run_upstream(source, tmp_path / "tower.gguf", "--outtype", outtype, "--mmproj")
     assert_same_tensors(ours.text, text)
     assert_same_tensors(ours.mmproj, tower)
+
+
+def test_pair_with_glm46vs_tokens_equals_upstreams(tmp_path: Path) -> None:
+    """Under Glm4v's name, since upstream does not know Glm46V's.
+
+    Upstream makes control tokens, which are not shown, of all added tokens that look like one. We
+    take tokenizer.json's word, as transformers does.
+    """
+    source = build_checkpoint(tmp_path / "flash", glm46v("Glm4vForConditionalGeneration"))
+    ours = convert(source, tmp_path / "ours", "q8_0")
+    assert ours.mmproj is not None
+    text = run_upstream(source, tmp_path / "text.gguf", "--outtype", "q8_0")
+    tower = run_upstream(source, tmp_path / "tower.gguf", "--outtype", "q8_0", "--mmproj")
+    assert_same_tensors(ours.text, text)
+    assert_same_tensors(ours.mmproj, tower)
+    first, second = read_header(ours.text).metadata, read_header(text).metadata
+    for name in ("tokens", "merges", "padding_token_id"):
+        key = f"tokenizer.ggml.{name}"
+        assert first[key] == second[key], key
+    tokens = first["tokenizer.ggml.tokens"]
+    types = (metadata["tokenizer.ggml.token_type"] for metadata in (first, second))
+    changed = {t for t, a, b in zip(tokens, *types, strict=True) if a != b}
+    assert changed == {t for t in GLM46V.shown if t.startswith("<|")}
+    assert first["glm4.rope.freq_base"] == second["glm4.rope.freq_base"] == 500_000.0
 
 
 def test_q4_0_equals_upstreams_two_steps(source: Path, tmp_path: Path) -> None:

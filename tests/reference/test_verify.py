@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import Shape, build_checkpoint
-from family import build_chatglm
+from family import build_chatglm, glm46v
 from parity import Original, screenshot
 
 from autoglm_gguf import convert
@@ -30,10 +30,11 @@ def test_original_run_layer_by_layer_equals_the_whole_model(tiny: Original) -> N
         assert all(p.is_meta for p in original.model.parameters())
 
 
+@pytest.mark.parametrize("shape", [Shape(), glm46v()], ids=["Glm4v", "Glm46V"])
 def test_verify_passes_the_f32_pair_and_says_so_as_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shape: Shape
 ) -> None:
-    checkpoint = build_checkpoint(tmp_path / "checkpoint", Shape())
+    checkpoint = build_checkpoint(tmp_path / "checkpoint", shape)
     pair = convert(checkpoint, tmp_path, "f32")
     assert main(["verify", str(checkpoint), str(pair.text), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

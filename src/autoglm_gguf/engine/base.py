@@ -28,6 +28,8 @@ class EngineInfo:
     vision: VisionLimits | None
     """None for a text-only model."""
     max_image_tokens: int | None
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a turn too: a stop token that a model may also write in plain letters."""
     notes: tuple[str, ...] = ()
     """What was chosen or completed for the user, with reasons."""
     path: Path | None = None

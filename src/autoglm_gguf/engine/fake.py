@@ -16,6 +16,7 @@ from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
 from autoglm_gguf.errors import ContextFullError, ImageError
 from autoglm_gguf.gguf.describe import GLM_TEMPLATE, VisionLimits
+from autoglm_gguf.gguf.names import END_OF_ANSWER
 
 STOP = 256
 IMAGE = 257
@@ -30,6 +31,7 @@ class FakeEngine:
         n_ctx: Cells it pretends to have.
         vision: Whether it takes images.
         chat_template: The template it reports; None for a plain completion model.
+        stop_strings: Texts that end its turns; none for a model without ``</answer>``.
     """
 
     n_batch = 64
@@ -41,6 +43,7 @@ class FakeEngine:
         n_ctx: int = 4096,
         vision: bool = True,
         chat_template: str | None = GLM_TEMPLATE,
+        stop_strings: tuple[str, ...] = (END_OF_ANSWER,),
     ) -> None:
         self._answer = answer
         self.evaluated: list[int] = []
@@ -55,6 +58,7 @@ class FakeEngine:
             chat_template=chat_template,
             vision=_LIMITS if vision else None,
             max_image_tokens=None,
+            stop_strings=stop_strings,
         )
 
     def tokenize(self, text: str) -> list[int]:

@@ -82,6 +82,7 @@ class LlamaEngine:
             notes.append(f"n_ctx: {params.n_ctx} is beyond the {trained} the model was trained for")
         tokens = described.text.metadata[names.TOKENS]
         self._tag_ids = {i: t.encode() for i, t in enumerate(tokens) if t in _TAGS}
+        ends_with_tag = names.END_OF_ANSWER in {tokens[i] for i in described.stop_ids}
         vision = described.vision if self._model.uses_mrope else None
         if described.vision is not None and vision is None:
             notes.append(
@@ -96,6 +97,7 @@ class LlamaEngine:
             chat_template=described.chat_template,
             vision=vision,
             max_image_tokens=params.max_image_tokens,
+            stop_strings=(names.END_OF_ANSWER,) if ends_with_tag else (),
             notes=tuple(notes),
             path=text,
             plan=plan,

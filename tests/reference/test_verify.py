@@ -7,16 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import Shape, build_checkpoint
+from builders import Shape, build_checkpoint, rewrite_gguf
 from family import build_chatglm, glm46v
 from parity import Original, screenshot
 
 from autoglm_gguf import convert
 from autoglm_gguf.cli.main import main
+from autoglm_gguf.conversion.recipe import OUTTYPES
 from autoglm_gguf.evaluate.original import OriginalModel
-from autoglm_gguf.evaluate.parity import kl_divergence, verify
+from autoglm_gguf.evaluate.parity import kl_divergence, verify, verify_against
 
 pytestmark = [pytest.mark.reference, pytest.mark.native]
+TINY = Path(__file__).parents[2] / "models" / "autoglm-tiny"
 
 
 def test_original_run_layer_by_layer_equals_the_whole_model(tiny: Original) -> None:
@@ -46,6 +48,8 @@ def test_verify_passes_the_f32_pair_and_says_so_as_json(
     ]
     assert report["outputs"][0]["relative_max_abs"] <= 1e-5
     assert report["unchecked"] == []
+    assert {t["limit"] for t in report["weights"]} == {0.0}
+    assert all(t["passed"] for t in report["weights"])
 
 
 def test_verify_fails_a_pair_of_other_weights(
@@ -56,8 +60,9 @@ def test_verify_fails_a_pair_of_other_weights(
     pair = convert(other, tmp_path / "out", "f32")
     assert main(["verify", str(checkpoint), str(pair.text)]) == 1
     captured = capsys.readouterr()
-    assert "MISSED" in captured.out
-    assert "outside its thresholds" in captured.err
+    assert "MISSED by" in captured.out and captured.out.endswith("verdict: failed\n")
+    assert "outside its thresholds (weights: token_embd.weight and " in captured.err
+    assert "hint: not made from this checkpoint, or damaged" in captured.err
 
 
 def test_verify_against_another_file_compares_logits(
@@ -66,7 +71,66 @@ def test_verify_against_another_file_compares_logits(
     checkpoint = build_checkpoint(tmp_path / "checkpoint", Shape())
     exact, half = (convert(checkpoint, tmp_path, kind).text for kind in ("f32", "f16"))
     assert main(["verify", str(checkpoint), str(half), "--against", str(exact)]) == 0
-    assert "text logits" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ok: cosine >= 0.9999" in printed
+    assert printed.endswith("verdict: passed what was checked\n"), "the tower was not"
+
+
+def test_verify_against_a_rounded_file_holds_nothing_to_it(tmp_path: Path) -> None:
+    checkpoint = build_checkpoint(tmp_path / "checkpoint", Shape())
+    ours, against = (convert(checkpoint, tmp_path, kind).text for kind in ("q4_0", "q8_0"))
+    report = verify_against(ours, against)
+    assert report.passed
+    assert report.outputs[0].required == ""
+    listed = "\n".join(report.unchecked)
+    assert f"{against.name} is rounded itself" in listed
+    assert "of Q4_0, figures only" in listed and "text logits: no threshold" in listed
+
+
+# One of each step of the thresholds.
+@pytest.mark.parametrize(
+    ("outtype", "mmproj_outtype"),
+    [("q8_0", "q8_0"), ("q6_K", "q8_0"), ("q4_0", "q4_0"), ("iq3_s", "q8_0"), ("q2_K", "q8_0")],
+)
+def test_verify_passes_autoglm_tiny(tmp_path: Path, outtype: str, mmproj_outtype: str) -> None:
+    pair = convert(TINY, tmp_path, outtype, mmproj_outtype=mmproj_outtype)
+    report = verify(TINY, pair.text, pair.mmproj)
+    assert report.passed
+    assert report.unchecked == ()
+    expected = [OUTTYPES[name].ggml_type.name for name in (outtype, mmproj_outtype)]
+    assert [o.type_name for o in report.outputs[:2]] == expected
+
+
+def test_verify_holds_a_mixture_to_its_coarsest_type(tmp_path: Path) -> None:
+    pair = convert(TINY, tmp_path, "q8_0", tensor_types=["blk.0.attn_v=q2_K"])
+    report = verify(TINY, pair.text, None)
+    assert report.outputs[0].type_name == "Q2_K"
+    assert report.outputs[0].required == "cosine >= 0.85"
+
+
+def test_verify_fails_wrong_keys_though_the_weights_are_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = build_checkpoint(tmp_path / "checkpoint", Shape())
+    text = convert(checkpoint, tmp_path, "f16").text
+    wrong = rewrite_gguf(text, tmp_path / "wrong.gguf", glm4__rope__freq_base=50.0)
+    assert main(["verify", str(checkpoint), str(wrong)]) == 1
+    captured = capsys.readouterr()
+    assert "ok: rel. rmse <= 0.000488" in captured.out
+    assert "MISSED: cosine >= 0.9999" in captured.out
+    assert "(text logits" in captured.err and "please report it" in captured.err
+
+
+def test_verify_says_how_to_tell_rounding_from_a_wrong_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A random model's answers compete everywhere: right weights, logits far off."""
+    checkpoint = build_checkpoint(tmp_path / "checkpoint", Shape())
+    text = convert(checkpoint, tmp_path, "q4_0").text
+    assert main(["verify", str(checkpoint), str(text)]) == 1
+    captured = capsys.readouterr()
+    assert "MISSED by" not in captured.out
+    assert "hint: the weights keep their types' limits; convert to f16" in captured.err
 
 
 def test_verify_says_what_it_could_not_check(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from autoglm_gguf.cli import output
 from autoglm_gguf.errors import VerificationError
 from autoglm_gguf.evaluate.parity import Report, verify, verify_against
-from autoglm_gguf.evaluate.weights import TensorDifference
+from autoglm_gguf.evaluate.weights import EXACT_TYPES, TensorDifference
 from autoglm_gguf.hub import resolve_checkpoint, resolve_pair
 
 
@@ -43,23 +43,40 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         _print(report)
     if not report.passed:
-        missed = ", ".join(o.what for o in report.outputs if not o.passed)
-        raise VerificationError(
-            f"{text.name}: outside its thresholds ({missed})",
-            hint="convert the checkpoint again; if it stays, please report it",
+        raise _failure(text, report)
+
+
+def _failure(text: Path, report: Report) -> VerificationError:
+    """What was missed, and what that may mean."""
+    weights = [t.name for t in report.weights if not t.passed]
+    outputs = [o for o in report.outputs if not o.passed]
+    missed = [o.what for o in outputs]
+    if weights:
+        others = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+        missed.insert(0, f"weights: {weights[0]}{others}")
+        hint = "not made from this checkpoint, or damaged: convert the checkpoint again"
+    elif any(o.type_name in EXACT_TYPES for o in outputs):
+        hint = "convert the checkpoint again; if it stays, please report it"
+    else:
+        hint = (
+            "the weights keep their types' limits; convert to f16 and verify that: if it passes, "
+            "this is what rounding does to this model, and a larger outtype helps"
         )
+    return VerificationError(
+        f"{text.name}: outside its thresholds ({'; '.join(missed)})", hint=hint
+    )
 
 
 def _print(report: Report) -> None:
     output.write(f"{'weights':<12} {'tensors':>8} {'max abs':>10} {'rel. rmse':>10} {'cosine':>11}")
-    kinds: dict[str, list[TensorDifference]] = {}
+    kinds: dict[tuple[str, float | None], list[TensorDifference]] = {}
     for tensor in report.weights:
-        kinds.setdefault(tensor.type_name, []).append(tensor)
-    for kind, tensors in kinds.items():
+        kinds.setdefault((tensor.type_name, tensor.limit), []).append(tensor)
+    for (kind, limit), tensors in kinds.items():
         output.write(
             f"{kind:<12} {len(tensors):>8} {max(t.max_abs for t in tensors):>10.3g} "
             f"{max(t.relative_rmse for t in tensors):>10.3g} "
-            f"{min(t.cosine for t in tensors):>11.7f}"
+            f"{min(t.cosine for t in tensors):>11.7f}{_verdict(tensors, limit)}"
         )
     if report.outputs:
         output.write()
@@ -77,6 +94,16 @@ def _print(report: Report) -> None:
         )
     for reason in report.unchecked:
         output.write(f"not checked: {reason}")
+    passed = "passed what was checked" if report.unchecked else "passed"
+    output.write(f"verdict: {passed if report.passed else 'failed'}")
+
+
+def _verdict(tensors: list[TensorDifference], limit: float | None) -> str:
+    if limit is None:
+        return ""
+    n_missed = sum(not t.passed for t in tensors)
+    required = f"rel. rmse <= {limit:.3g}" if limit else "equal"
+    return f"  {f'MISSED by {n_missed}' if n_missed else 'ok'}: {required}"
 
 
 def _progress(done: int, total: int) -> None:

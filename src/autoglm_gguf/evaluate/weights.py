@@ -1,6 +1,7 @@
 """Every tensor of a GGUF pair, decoded, against the checkpoint's: at any size, without torch.
 
-Streams row blocks, so memory does not grow with the model. Knows nothing of logits.
+Streams row blocks, so memory does not grow with the model. Holds each tensor to what its type
+allows, which is the same for every model (docs/reference/verify.md). Knows nothing of logits.
 """
 
 from __future__ import annotations
@@ -23,6 +24,35 @@ from autoglm_gguf.gguf.header import Header, TensorInfo, read_header
 from autoglm_gguf.native.ggml import dequantize, to_float32
 
 _BLOCK_ELEMENTS = 1 << 21
+EXACT_TYPES = ("F32", "F16", "BF16")
+"""Types that may stand for the original: their rounding is finer than any quantised type's."""
+GAUSSIAN_RELATIVE_RMSE = {
+    "Q8_0": 0.00536,
+    "Q6_K": 0.0178,
+    "Q5_K": 0.0361,
+    "Q5_1": 0.0379,
+    "Q5_0": 0.0427,
+    "Q4_K": 0.0713,
+    "IQ4_NL": 0.0761,
+    "IQ4_XS": 0.0767,
+    "Q4_1": 0.0782,
+    "Q4_0": 0.0859,
+    "Q3_K": 0.151,
+    "IQ3_S": 0.166,
+    "IQ3_XXS": 0.213,
+    "Q2_K": 0.297,
+}
+"""``relative_rmse`` of normally distributed weights without an importance matrix, by type. Their
+size does not matter above 0.01; below, q6_K loses some to its f16 scales. Made by
+``benchmarks/outtypes.py``."""
+_MARGIN = 2  # heavy tails reach 1.6 times the table, outlier columns 1.35 times
+LARGEST_RELATIVE_RMSE = {
+    "F32": 0.0,
+    "F16": 2.0**-11,  # half a unit in the last place
+    "BF16": 2.0**-8,
+    **{kind: _MARGIN * error for kind, error in GAUSSIAN_RELATIVE_RMSE.items()},
+}
+"""What `TensorDifference.relative_rmse` may be, by type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +66,13 @@ class TensorDifference:
     rmse: float
     """Root of the mean squared difference."""
     relative_rmse: float
-    """``rmse`` over the original's root mean square; 0 for equal, about 1 for unrelated."""
+    """``rmse`` over the original's root mean square; 0 for equal, √2 for unrelated."""
     cosine: float
     """Of all weights as one vector; 1 for two tensors of zeros."""
+    limit: float | None
+    """The largest ``relative_rmse`` that passes; None where no threshold is known."""
+    passed: bool
+    """Whether it is within the limit; true without one."""
 
 
 class Rows:
@@ -132,7 +166,8 @@ def compare_files(
                 return originals.read(info, start, stop)
 
             pairs = _pairs(rows, info.name, n_rows, info.shape[0], load)
-            found.append(_difference(info.name, _kind(first, info.name), pairs))
+            kind = _kind(first, info.name)
+            found.append(_difference(info.name, kind, _limit(kind, info.type_name), pairs))
             if on_tensor is not None:
                 on_tensor(len(found), len(second.tensors))
     return found
@@ -145,7 +180,15 @@ def _compare(rows: Rows, tensor: OutTensor) -> TensorDifference:
         return values
 
     pairs = _pairs(rows, tensor.name, tensor.n_rows, tensor.n_per_row, load)
-    return _difference(tensor.name, _kind(rows.header, tensor.name), pairs)
+    kind = _kind(rows.header, tensor.name)
+    return _difference(tensor.name, kind, LARGEST_RELATIVE_RMSE.get(kind), pairs)
+
+
+def _limit(kind: str, original: str) -> float | None:
+    """Against another file: the coarser type counts, and a quantised original allows no verdict."""
+    if original not in EXACT_TYPES or kind not in LARGEST_RELATIVE_RMSE:
+        return None
+    return max(LARGEST_RELATIVE_RMSE[kind], LARGEST_RELATIVE_RMSE[original])
 
 
 def _pairs(
@@ -170,7 +213,10 @@ def _pairs(
 
 
 def _difference(
-    name: str, kind: str, pairs: Iterator[tuple[NDArray[Any], NDArray[Any]]]
+    name: str,
+    kind: str,
+    limit: float | None,
+    pairs: Iterator[tuple[NDArray[Any], NDArray[Any]]],
 ) -> TensorDifference:
     worst = squared = dot = ours_2 = theirs_2 = 0.0
     n = 0
@@ -182,13 +228,16 @@ def _difference(
         dot, ours_2, theirs_2 = dot + float(a @ b), ours_2 + float(a @ a), theirs_2 + float(b @ b)
         n += a.size
     norm = np.sqrt(ours_2) * np.sqrt(theirs_2)
+    relative = float(np.sqrt(squared / theirs_2)) if theirs_2 else float(squared != 0)
     return TensorDifference(
         name,
         kind,
         worst,
         float(np.sqrt(squared / n)),
-        float(np.sqrt(squared / theirs_2)) if theirs_2 else float(squared > 0),
+        relative,
         float(dot / norm) if norm else float(ours_2 == theirs_2),
+        limit,
+        limit is None or relative <= limit,  # a NaN passes no limit
     )
 
 

@@ -205,6 +205,7 @@ class LlamaEngine:
             self._residency.close()
             self._residency = None
         self._model.close()
+        return_free_memory()
 
 
 class _LlamaSampler:

@@ -19,6 +19,8 @@ from autoglm_gguf.native.ggml import can_repack
 Weights: TypeAlias = Literal["repacked", "mapped", "streamed"]
 FLOOR_BYTES = 72_000_000
 """Python, numpy, Pillow and the libraries' pages: measured, Linux x86-64."""
+READ_AHEAD = "read_ahead"
+"""The item for pages that are in the page cache but not yet in the process."""
 _SCREEN_BYTES = 1080 * 2400 * 7  # a decoded screenshot, RGBA and RGB
 _LOAD_OVERSHOOT_BYTES = 160_000_000  # pages a watched load touches between two looks
 _ROOM_FOR_WORDS = 256  # n_ctx that an image may not take
@@ -99,7 +101,7 @@ class Holding:
         return (
             *self._base(choice),
             *self._vision(choice),
-            self._weights(choice, self.places(choice, usable)),
+            *self._weights(choice, self.places(choice, usable)),
         )
 
     def image_tokens(self, params: ContextParams) -> int:
@@ -181,25 +183,28 @@ class Holding:
             Item("image", 0, _SCREEN_BYTES + 2 * image, image, "pixels and embeddings"),
         ]
 
-    def _weights(self, choice: Choice, places: Places) -> Item:
+    def _weights(self, choice: Choice, places: Places) -> list[Item]:
         text = self.text
         total = text.weights_bytes
         if choice.weights == "repacked":
             staging = max(text.token_embd_bytes, text.output_bytes)
-            return Item("weights", total + staging, total, total, "copied into the kernels' order")
+            why = "copied into the kernels' order"
+            return [Item("weights", total + staging, total, total, why)]
         if choice.weights == "mapped":
             left = total - self.layers_bytes(places.yielding)
-            return Item("weights", total, left, total, "the file's own pages")
+            return [Item("weights", total, left, total, "the file's own pages")]
         kept = self.layers_bytes(places.copied) + self._lasting_bytes
-        window = min(len(places.streamed), LAYERS_AHEAD + 1) * max(text.layer_bytes)
-        return Item(
-            "weights",
-            kept + _LOAD_OVERSHOOT_BYTES,
-            kept,
-            kept + self.layers_bytes(places.yielding) + window,
+        largest = max(text.layer_bytes)
+        ahead = min(len(places.streamed) - 1, LAYERS_AHEAD) * largest
+        counts = (
             f"{len(places.copied)} layers copied, {len(places.yielding)} mapped, "
-            f"{len(places.streamed)} streamed",
+            f"{len(places.streamed)} streamed one at a time"
         )
+        held = kept + self.layers_bytes(places.yielding) + largest
+        return [
+            Item("weights", kept + _LOAD_OVERSHOOT_BYTES, kept, held, counts),
+            Item(READ_AHEAD, 0, 0, ahead, "in the page cache, before it is used"),
+        ]
 
 
 def sum_phases(items: Sequence[Item]) -> dict[str, int]:

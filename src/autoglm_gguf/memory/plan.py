@@ -20,6 +20,7 @@ from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget, parse_budget
 from autoglm_gguf.memory.holding import (
     FLOOR_BYTES,
+    READ_AHEAD,
     Choice,
     Holding,
     Item,
@@ -34,7 +35,6 @@ from autoglm_gguf.units import format_bytes
 _SLACK = 64  # a budget's 64th part is left free: allocators round up, and estimates are only near
 _UNBOUNDED = 2**62
 _BATCHES = (256, 128)
-_STREAMED_BATCH = 1024  # each streamed layer is read once a batch: fewer, longer batches
 _IMAGE_TOKENS = (2048, 1620, 1024, 768, 512)
 _SMALLER_N_CTX = (3072, 2048)
 
@@ -80,8 +80,15 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes held at most."""
+        """Bytes held at most: what the budget is for."""
         return max(self.phase_bytes.values())
+
+    @property
+    def process_bytes(self) -> int:
+        """Of `peak_bytes`, what shows as held by the process: without pages read ahead of use."""
+        ahead = tuple(item for item in self.items if item.name != READ_AHEAD)
+        sums = sum_phases(ahead)
+        return max(n for phase, n in sums.items() if phase in self.phase_bytes)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -237,8 +244,6 @@ class _Search:
         if now.type_k != first.type_k:
             back.append(_setting(type_k=first.type_k, type_v=first.type_v))
         batches = sorted({first.n_batch, *_BATCHES}, reverse=True)
-        if choice.weights == "streamed" and "n_batch" not in self._fixed:
-            batches.insert(0, _STREAMED_BATCH)
         back += [_setting_if_smaller("n_batch", n) for n in batches if n > now.n_batch]
         if choice.tower_on_demand and not self._first.tower_on_demand and not choice.gives_way:
             back.append(lambda c: replace(c, tower_on_demand=False))

@@ -45,6 +45,7 @@ def open_residency(header: Header, plan: MemoryPlan | None) -> Residency | None:
         header.path,
         streamed={layer: layer_span(header, layer) for layer in plan.places.streamed},
         yielding=[layer_span(header, layer) for layer in plan.places.yielding],
+        scattered=_embedding_spans(header),
         cache_is_scarce=_CacheScarcity(plan.streamed_bytes),
     )
     if plan.weights == "streamed":
@@ -52,13 +53,26 @@ def open_residency(header: Header, plan: MemoryPlan | None) -> Residency | None:
     return residency
 
 
+def _embedding_spans(header: Header) -> list[tuple[int, int]]:
+    """The token embedding, of which each token reads one row; none where it is the output too."""
+    tensor = header.tensors.get("token_embd.weight")
+    if tensor is None or "output.weight" not in header.tensors:
+        return []
+    return [(tensor.offset, tensor.offset + tensor.n_bytes)]
+
+
 def _copied(header: Header, layers: frozenset[int]) -> dict[str, int]:
-    """Matrices that stay, each with the buffer type whose kernels are the fastest for it."""
+    """What stays, each tensor with the buffer type whose kernels are the fastest for it.
+
+    Vectors stay in every layer: a few kilobytes each, but where they were left in the mapping, one
+    fault on them made the system read megabytes around them.
+    """
     repack, host = repack_buffer_type(), host_buffer_type()
     placed: dict[str, int] = {}
     for tensor in header.tensors.values():
-        if len(tensor.shape) != 2:
-            continue  # vectors are small, and stay mapped with their neighbours
+        if len(tensor.shape) == 1:
+            placed[tensor.name] = host
+            continue
         if tensor.name != "output.weight" and layer_of(tensor.name) not in layers:
             continue
         fast = repack is not None and can_repack(tensor.ggml_type, *tensor.shape)

@@ -34,6 +34,9 @@ from autoglm_gguf.units import format_bytes
 
 _SLACK = 64  # a budget's 64th part is left free: allocators round up, and estimates are only near
 _UNBOUNDED = 2**62
+# What is taken from the layers that stay is read again for every token: under streaming the KV
+# cache stays small. Batches do not shrink further: every batch of a prompt reads the layers once.
+_STREAMED_BATCH = 256
 _BATCHES = (256, 128)
 _IMAGE_TOKENS = (2048, 1620, 1024, 768, 512)
 _SMALLER_N_CTX = (3072, 2048)
@@ -241,9 +244,10 @@ class _Search:
             back.append(lambda c: replace(c, gives_way=False))
         else:
             back.append(lambda c: replace(c, weights=self._first.weights, gives_way=False))
-        if now.type_k != first.type_k:
+        streams = choice.weights == "streamed"
+        if now.type_k != first.type_k and not streams:
             back.append(_setting(type_k=first.type_k, type_v=first.type_v))
-        batches = sorted({first.n_batch, *_BATCHES}, reverse=True)
+        batches = [_STREAMED_BATCH] if streams else sorted({first.n_batch, *_BATCHES}, reverse=True)
         back += [_setting_if_smaller("n_batch", n) for n in batches if n > now.n_batch]
         if choice.tower_on_demand and not self._first.tower_on_demand and not choice.gives_way:
             back.append(lambda c: replace(c, tower_on_demand=False))

@@ -8,6 +8,7 @@ computation and dropped behind it. Linux and macOS; knows byte spans, not what i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,9 @@ from types import TracebackType
 
 from autoglm_gguf.native import pages
 
-LAYERS_AHEAD = 2
-"""Streamed layers read before they are needed; one more is in use."""
-_LOOK_SECONDS = 0.004  # how often a load is looked at
+LAYERS_AHEAD = 1
+"""Streamed layers that are read while another is in use."""
+_LOOK_SECONDS = 0.02  # how often a load is looked at
 Span = tuple[int, int]
 
 
@@ -71,6 +72,7 @@ class Residency:
         path: The mapped file.
         streamed: Layer number to its span of file bytes, in the order of computation.
         yielding: Spans that are dropped by `give_way`.
+        scattered: Spans of which single pages are read here and there.
         cache_is_scarce: The page cache cannot hold the streamed layers: what was used is dropped
             there too, so that the system need not choose.
     """
@@ -81,6 +83,7 @@ class Residency:
         *,
         streamed: Mapping[int, Span],
         yielding: Sequence[Span] = (),
+        scattered: Sequence[Span] = (),
         cache_is_scarce: Callable[[], bool],
     ) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -88,32 +91,59 @@ class Residency:
         self._streamed = dict(streamed)
         self._yielding = list(yielding)
         self._cache_is_scarce = cache_is_scarce
+        for start, end in scattered:
+            for mapping in self._mappings:
+                pages.expect_scattered_reads(mapping, start, end)
         order = list(self._streamed)
         self._next = {
             layer: order[(at + LAYERS_AHEAD) % len(order)] for at, layer in enumerate(order)
         }
         self._wanted: list[int] = []
+        self._ready: set[int] = set()
+        self._reading: int | None = None
         self._changed = threading.Condition()
         self._closed = False
+        pages.read_exactly_what_is_asked(self._descriptor)
         self._reader = threading.Thread(target=self._read, name="read-ahead", daemon=True)
         if order:
             self._reader.start()
 
     @property
     def watched_layers(self) -> tuple[int, ...]:
-        """The layers after which `passed` must be called."""
-        return tuple(self._streamed)
+        """The layers after which `passed` must be called: streamed ones and those before them."""
+        before = {layer - 1 for layer in self._streamed if layer > 0}
+        return tuple(sorted(before | self._streamed.keys()))
 
     def begin(self) -> None:
-        """Read the first streamed layers: a batch is about to start."""
+        """A batch is about to start."""
         self._want(list(self._streamed)[:LAYERS_AHEAD])
+        self._enter(0)
 
     def passed(self, layer: int) -> None:
-        """The computation is done with a layer: drop it, and read the one after the next."""
-        start, end = self._streamed[layer]
-        self._drop(start, end)
+        """The computation is done with a layer: a streamed one is dropped.
+
+        If the next one is streamed, wait until it is there (faulting it in page by page would read
+        more than it), and let the following one be read meanwhile.
+        """
+        if layer in self._streamed:
+            start, end = self._streamed[layer]
+            self._drop(start, end)
+            if self._cache_is_scarce():
+                pages.forget_cached(self._descriptor, start, end)
+            with self._changed:
+                self._ready.discard(layer)
+        self._enter(layer + 1)
+
+    def _enter(self, layer: int) -> None:
+        if layer not in self._streamed:
+            return
         if self._cache_is_scarce():
-            pages.forget_cached(self._descriptor, start, end)
+            with self._changed:
+                while not self._closed and layer not in self._ready:
+                    if layer not in self._wanted and layer != self._reading:
+                        self._wanted.insert(0, layer)
+                        self._changed.notify_all()
+                    self._changed.wait()
         self._want([self._next[layer]])
 
     def give_way(self) -> None:
@@ -125,13 +155,16 @@ class Residency:
 
     def drop_all(self) -> None:
         """Drop every page of the file from this process, as after a load."""
-        self._drop(0, os.fstat(self._descriptor).st_size)
+        size = os.fstat(self._descriptor).st_size
+        self._drop(0, size)
+        if self._cache_is_scarce():
+            pages.forget_cached(self._descriptor, 0, size)
 
     def close(self) -> None:
         """Stop reading ahead."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._reader.ident is not None:
             self._reader.join()
         os.close(self._descriptor)
@@ -142,8 +175,9 @@ class Residency:
 
     def _want(self, layers: Sequence[int]) -> None:
         with self._changed:
-            self._wanted += [layer for layer in layers if layer not in self._wanted]
-            self._changed.notify()
+            known = {*self._wanted, *self._ready, self._reading}
+            self._wanted += [layer for layer in layers if layer not in known]
+            self._changed.notify_all()
 
     def _read(self) -> None:
         while True:
@@ -152,6 +186,13 @@ class Residency:
                     self._changed.wait()
                 if self._closed:
                     return
-                layer = self._wanted.pop(0)
+                layer = self._reading = self._wanted.pop(0)
             start, end = self._streamed[layer]
-            pages.read_in(self._descriptor, start, end, lambda: self._closed)
+            holding = [m for m in self._mappings if m.offset <= start < m.offset + m.n_bytes]
+            mapping = holding[0] if holding else None
+            with contextlib.suppress(OSError):  # the computation meets the same pages
+                pages.read_in(mapping, self._descriptor, start, end, lambda: self._closed)
+            with self._changed:
+                self._ready.add(layer)
+                self._reading = None
+                self._changed.notify_all()

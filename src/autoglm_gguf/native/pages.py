@@ -12,6 +12,7 @@ import ctypes.util
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +21,11 @@ from pathlib import Path
 IS_LINUX = sys.platform.startswith("linux")
 IS_MACOS = sys.platform == "darwin"
 SUPPORTED = IS_LINUX or IS_MACOS
-_READ_BYTES = 4 << 20
-_MADV_DONTNEED = 4  # the same number on Linux and macOS
+_PART_BYTES = 4 << 20
+_EDGE_BYTES = 16 << 20  # the system reads at most so far past a fault: two of its windows
+_local = threading.local()  # a read buffer for each thread
+_MADV_RANDOM, _MADV_DONTNEED = 1, 4  # the same numbers on Linux and macOS
+_MADV_POPULATE_READ = 22  # Linux 5.14
 _MAP_FIXED, _MAP_SHARED, _PROT_READ = 0x10, 0x01, 0x01  # the same on both
 
 
@@ -64,10 +68,7 @@ def drop_pages(mapping: Mapping, start: int, end: int, descriptor: int) -> None:
         end: File byte after the last.
         descriptor: The open file (macOS maps it anew).
     """
-    first = max(start, mapping.offset) - mapping.offset + mapping.address
-    last = min(end, mapping.offset + mapping.n_bytes) - mapping.offset + mapping.address
-    first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = last // mmap.PAGESIZE * mmap.PAGESIZE
+    first, last = _whole_pages(mapping, start, end)
     if first >= last:
         return
     if IS_LINUX:
@@ -78,28 +79,70 @@ def drop_pages(mapping: Mapping, start: int, end: int, descriptor: int) -> None:
     _libc().mmap(first, last - first, _PROT_READ, _MAP_SHARED | _MAP_FIXED, descriptor, offset)
 
 
+def expect_scattered_reads(mapping: Mapping, start: int, end: int) -> None:
+    """Let a fault within file bytes ``start`` to ``end`` read its own page, not those around it."""
+    first, last = _whole_pages(mapping, start, end)
+    if first < last:
+        _libc().madvise(first, last - first, _MADV_RANDOM)
+
+
+def _whole_pages(mapping: Mapping, start: int, end: int) -> tuple[int, int]:
+    """Addresses of the whole pages of a span of file bytes that lie in a mapping."""
+    first = max(start, mapping.offset) - mapping.offset + mapping.address
+    last = min(end, mapping.offset + mapping.n_bytes) - mapping.offset + mapping.address
+    return -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+
+
 def forget_cached(descriptor: int, start: int, end: int) -> None:
     """Let the page cache drop file bytes that no process maps any more (Linux only)."""
     if IS_LINUX:
         os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
-def read_in(descriptor: int, start: int, end: int, stopped: Callable[[], bool]) -> None:
-    """Read file bytes into the page cache, in order; parts that are there already cost nothing.
+def read_exactly_what_is_asked(descriptor: int) -> None:
+    """Switch the system's own read-ahead off for a descriptor (Linux only)."""
+    if IS_LINUX:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def read_in(
+    mapping: Mapping | None, descriptor: int, start: int, end: int, stopped: Callable[[], bool]
+) -> None:
+    """Read file bytes before they are used; parts that are in the page cache already cost nothing.
+
+    The inner part is mapped page by page, which lets the system read far ahead with little work;
+    the edges are read exactly, so that its reading ahead ends within the span.
 
     Args:
-        descriptor: The open file.
+        mapping: Holds the span; None reads into the page cache only.
+        descriptor: The open file, set to `read_exactly_what_is_asked`.
         start: First byte.
         end: Byte after the last.
         stopped: Asked between parts; True ends the reading.
     """
-    buffer = memoryview(_read_buffer())
-    for at in range(start, end, len(buffer)):
+    inner = (start + _EDGE_BYTES, end - _EDGE_BYTES)
+    for at in range(start, end, _PART_BYTES):
         if stopped():
             return
-        part = buffer[: min(len(buffer), end - at)]
-        if not _is_cached(descriptor, at, len(part)):
-            os.preadv(descriptor, [part], at)
+        last = min(at + _PART_BYTES, end)
+        if _is_cached(descriptor, at, last - at):
+            continue
+        is_inner = inner[0] <= at and last <= inner[1]
+        if not (mapping is not None and is_inner and _populate(mapping, at, last)):
+            os.preadv(descriptor, [_buffer()[: last - at]], at)
+
+
+def _populate(mapping: Mapping, start: int, end: int) -> bool:
+    """Fault a span in; False where the system cannot (Linux before 5.14, macOS)."""
+    first, last = _whole_pages(mapping, start, end)
+    return IS_LINUX and _libc().madvise(first, last - first, _MADV_POPULATE_READ) == 0
+
+
+def _buffer() -> memoryview:
+    buffer: memoryview | None = getattr(_local, "buffer", None)
+    if buffer is None:
+        buffer = _local.buffer = memoryview(bytearray(_PART_BYTES))
+    return buffer
 
 
 def _is_cached(descriptor: int, start: int, n_bytes: int) -> bool:
@@ -126,11 +169,6 @@ def return_free_memory() -> None:
 
 _BASIC_INFO_64, _BASIC_INFO_WORDS = 9, 9  # <mach/vm_region.h>
 _MAX_PATH_BYTES = 4096
-
-
-@cache
-def _read_buffer() -> bytearray:
-    return bytearray(_READ_BYTES)
 
 
 def _macos_mappings(wanted: str) -> list[Mapping]:

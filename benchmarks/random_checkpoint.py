@@ -31,6 +31,24 @@ from builders import (
 )
 
 SHAPES = {
+    # 16 layers of width 1024 and a 4-block tower: 0.4 B parameters
+    "0.4b": (
+        Shape(
+            hidden_size=1024,
+            n_layers=16,
+            n_heads=8,
+            n_kv_heads=2,
+            head_dim=128,
+            intermediate_size=4096,
+            mrope_section=(8, 12, 12),
+            vision_depth=4,
+            vision_hidden=512,
+            vision_heads=8,
+            image_size=336,
+            merger_width=2048,
+        ),
+        65536,
+    ),
     # 24 layers of width 2048 and a 12-block tower: 1.7 B parameters
     "1.7b": (
         Shape(

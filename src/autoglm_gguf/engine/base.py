@@ -70,6 +70,10 @@ class Engine(Protocol):
         """The model's properties."""
 
     @property
+    def device_bytes(self) -> int:
+        """Held on devices with memory of their own."""
+
+    @property
     def n_batch(self) -> int:
         """Tokens per `eval_tokens` call at most."""
 

@@ -35,6 +35,7 @@ class FakeEngine:
     """
 
     n_batch = 64
+    device_bytes = 0
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from autoglm_gguf.errors import ImageError
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.describe import VisionLimits, describe_pair
 from autoglm_gguf.memory.plan import MemoryPlan
+from autoglm_gguf.native.library import buffer_report
 from autoglm_gguf.native.llama import LlamaContext, SamplerChain
 from autoglm_gguf.native.mtmd import VisionTower
 from autoglm_gguf.native.pages import return_free_memory
@@ -60,7 +61,7 @@ class LlamaEngine:
         self._flash_attn = params.flash_attn
         self._n_threads = params.n_threads or usable_cores()
         self._tower: VisionTower | None = None
-        with contextlib.ExitStack() as undo:
+        with buffer_report() as buffers, contextlib.ExitStack() as undo:
             self._model = load_weights(described.text, params, plan)
             undo.callback(self._model.close)
             self._residency = open_residency(described.text, plan)
@@ -76,6 +77,8 @@ class LlamaEngine:
                 watched_layers=self._residency.watched_layers if self._residency else (),
             )
             undo.pop_all()
+        self.device_bytes = sum(n for (name, _), n in buffers.items() if not name.startswith("CPU"))
+        """Weights, KV cache and scratch on devices, as ggml reports them."""
         notes = [*described.notes, *(plan.notes if plan else ())]
         trained = self._model.n_ctx_train
         if params.n_ctx > trained:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from autoglm_gguf.errors import EngineError
 from autoglm_gguf.native import pages
 
 LAYERS_AHEAD = 1
@@ -86,8 +87,14 @@ class Residency:
         scattered: Sequence[Span] = (),
         cache_is_scarce: Callable[[], bool],
     ) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
         self._mappings = pages.find_mappings(path)
+        if not self._mappings:
+            raise EngineError(
+                f"{path.name}: its pages cannot be found in this process, so the memory budget "
+                "cannot be kept",
+                hint="copy the file to a local disk, or give --memory-budget none",
+            )
+        self._descriptor = os.open(path, os.O_RDONLY)
         self._streamed = dict(streamed)
         self._yielding = list(yielding)
         self._cache_is_scarce = cache_is_scarce
@@ -190,9 +197,11 @@ class Residency:
             start, end = self._streamed[layer]
             holding = [m for m in self._mappings if m.offset <= start < m.offset + m.n_bytes]
             mapping = holding[0] if holding else None
-            with contextlib.suppress(OSError):  # the computation meets the same pages
-                pages.read_in(mapping, self._descriptor, start, end, lambda: self._closed)
-            with self._changed:
-                self._ready.add(layer)
-                self._reading = None
-                self._changed.notify_all()
+            try:
+                with contextlib.suppress(OSError):  # the computation meets the same pages
+                    pages.read_in(mapping, self._descriptor, start, end, lambda: self._closed)
+            finally:  # or the computation would wait for ever
+                with self._changed:
+                    self._ready.add(layer)
+                    self._reading = None
+                    self._changed.notify_all()

@@ -47,14 +47,15 @@ def find_mappings(path: Path) -> list[Mapping]:
 
 def _linux_mappings(wanted: str) -> list[Mapping]:
     """By path, or by inode where the kernel shows another path (bind mounts, renamed files)."""
-    inode = str(os.stat(wanted).st_ino)
-    name = os.path.basename(wanted)
+    inode = str(Path(wanted).stat().st_ino)
     found: list[Mapping] = []
     for line in Path("/proc/self/maps").read_text("utf-8", "surrogateescape").splitlines():
         fields = line.split(None, 5)
         if len(fields) < 6:
             continue
-        if fields[5] == wanted or (fields[4] == inode and os.path.basename(fields[5]) == name):
+        if fields[5] == wanted or (
+            fields[4] == inode and Path(fields[5]).name == Path(wanted).name
+        ):
             first, _, last = fields[0].partition("-")
             address = int(first, 16)
             found.append(Mapping(address, int(last, 16) - address, int(fields[2], 16)))

@@ -6,6 +6,7 @@ Knows bytes and rows; knows nothing of models or files. The kernels release the 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 
@@ -132,6 +133,55 @@ def dequantize(raw: NDArray[np.uint8], ggml_type: int, n_per_row: int) -> NDArra
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device of ggml's registry."""
+
+    name: str
+    """As ``device=`` takes it: ``Vulkan0``, ``Metal``, ``CPU``."""
+    description: str
+    backend: str
+    """Who drives it: ``Vulkan``, ``MTL``, ``CUDA``, ``CPU``."""
+    kind: str
+    """``cpu``, ``gpu``, ``igpu`` (a GPU in the same memory), ``accel``, ``meta``."""
+    total_bytes: int
+    free_bytes: int
+    """As the driver reports it now; 0 for both where it does not."""
+    maps_files: bool
+    """Weights can stay in the mapped file, without a copy."""
+
+
+_DEVICE_KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # enum ggml_backend_dev_type
+
+
+def list_devices() -> list[Device]:
+    """Every device that the installed ggml can drive here.
+
+    Raises:
+        NativeLibraryError: llama-cpp-python is missing or not the pinned version.
+    """
+    lib = _lib()
+    found: list[Device] = []
+    for index in range(lib.ggml_backend_dev_count()):
+        device = lib.ggml_backend_dev_get(index)
+        props = _DeviceProps()
+        lib.ggml_backend_dev_get_props(device, ctypes.byref(props))
+        backend = lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(device))
+        kind = props.type if 0 <= props.type < len(_DEVICE_KINDS) else len(_DEVICE_KINDS) - 1
+        found.append(
+            Device(
+                name=props.name.decode("utf-8", "replace"),
+                description=(props.description or b"").decode("utf-8", "replace").strip(),
+                backend=backend.decode("utf-8", "replace"),
+                kind=_DEVICE_KINDS[kind],
+                total_bytes=int(props.memory_total),
+                free_bytes=int(props.memory_free),
+                maps_files=bool(props.mmap_support),
+            )
+        )
+    return found
+
+
 def repack_buffer_type() -> int | None:
     """The CPU backend's buffer type for weights in kernel order; None where there is none.
 
@@ -200,6 +250,24 @@ _DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
 _REPACK_ROWS = 64  # a multiple of every row interleaving ggml has
 
 
+class _DeviceProps(ctypes.Structure):
+    """ggml-backend.h, ``struct ggml_backend_dev_props`` with its ``caps`` unfolded."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", ctypes.c_size_t),
+        ("memory_total", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("async_", ctypes.c_bool),
+        ("host_buffer", ctypes.c_bool),
+        ("buffer_from_host_ptr", ctypes.c_bool),
+        ("events", ctypes.c_bool),
+        ("mmap_support", ctypes.c_bool),
+    )
+
+
 class _InitParams(ctypes.Structure):
     """ggml.h, ``struct ggml_init_params``."""
 
@@ -265,6 +333,10 @@ def _lib() -> ctypes.CDLL:
         "ggml_new_tensor_2d": (pointer, [pointer, enum, i64, i64]),
         "ggml_get_data": (pointer, [pointer]),
         "ggml_get_name": (ctypes.c_char_p, [pointer]),
+        "ggml_backend_dev_count": (size, []),
+        "ggml_backend_dev_get": (pointer, [size]),
+        "ggml_backend_dev_get_props": (None, [pointer, ctypes.POINTER(_DeviceProps)]),
+        "ggml_backend_reg_name": (ctypes.c_char_p, [pointer]),
         "ggml_backend_dev_by_type": (pointer, [enum]),
         "ggml_backend_dev_backend_reg": (pointer, [pointer]),
         "ggml_backend_reg_get_proc_address": (pointer, [pointer, ctypes.c_char_p]),

@@ -154,8 +154,13 @@ class Residency:
         self._want([self._next[layer]])
 
     def give_way(self) -> None:
-        """Drop the yielding spans from this process; they come back as they are used."""
-        for start, end in self._yielding:
+        """Drop all that may be dropped from this process; it comes back as it is used."""
+        with self._changed:
+            self._wanted.clear()
+            while self._reading is not None and not self._closed:
+                self._changed.wait()
+            self._ready.clear()
+        for start, end in [*self._yielding, *self._streamed.values()]:
             self._drop(start, end)
             if self._cache_is_scarce():
                 pages.forget_cached(self._descriptor, start, end)

@@ -6,7 +6,14 @@ import re
 
 import pytest
 
-from autoglm_gguf import ActionParseError, AutoGLMError, ContextFullError, GGUFError, errors
+from autoglm_gguf import (
+    ActionParseError,
+    AutoGLMError,
+    ContextFullError,
+    DoesNotFitError,
+    GGUFError,
+    errors,
+)
 
 FAMILY = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, AutoGLMError)]
 
@@ -25,6 +32,8 @@ def test_errors_carry_facts() -> None:
     full = ContextFullError("full", n_prompt=9, n_ctx=8, hint="h")
     assert (full.n_prompt, full.n_ctx, full.hint) == (9, 8, "h")
     assert ActionParseError("none", text="said").text == "said"
+    tight = DoesNotFitError("large", budget_bytes=None, required_bytes=9)
+    assert (tight.budget_bytes, tight.required_bytes) == (None, 9)
 
 
 @pytest.mark.parametrize("cls", FAMILY)

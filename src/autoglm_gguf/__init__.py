@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ContextFullError,
         ConversionError,
+        DoesNotFitError,
         EngineBusyError,
         EngineError,
         GGUFError,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     )
     from autoglm_gguf.gguf.header import Header, TensorInfo, read_header
     from autoglm_gguf.hub import pull
+    from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
+    from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
     from autoglm_gguf.messages import (
         Chunk,
         Completion,
@@ -57,6 +60,7 @@ _HOMES = {
         "CheckpointError",
         "ContextFullError",
         "ConversionError",
+        "DoesNotFitError",
         "EngineBusyError",
         "EngineError",
         "GGUFError",
@@ -70,6 +74,8 @@ _HOMES = {
     ),
     "gguf.header": ("Header", "TensorInfo", "read_header"),
     "hub": ("pull",),
+    "memory.measure": ("MemoryUsage", "measure_memory"),
+    "memory.plan": ("MemoryPlan", "plan_memory"),
     "messages": ("Chunk", "Completion", "ImagePart", "Message", "TextPart", "Timings", "Usage"),
     "progress": ("Progress",),
     "session": ("AutoGLM", "ChatSession", "Step"),
@@ -88,6 +94,7 @@ __all__ = [
     "ContextFullError",
     "ContextParams",
     "ConversionError",
+    "DoesNotFitError",
     "EngineBusyError",
     "EngineError",
     "GGUFError",
@@ -95,6 +102,8 @@ __all__ = [
     "HubError",
     "ImageError",
     "ImagePart",
+    "MemoryPlan",
+    "MemoryUsage",
     "Message",
     "ModelPair",
     "NativeLibraryError",
@@ -112,7 +121,9 @@ __all__ = [
     "__version__",
     "convert",
     "default_pair",
+    "measure_memory",
     "parse_answer",
+    "plan_memory",
     "pull",
     "read_header",
 ]

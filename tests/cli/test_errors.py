@@ -16,7 +16,11 @@ def family(base: type[AutoGLMError]) -> list[type[AutoGLMError]]:
 def test_every_error_of_the_package_exits_with_1(
     cls: type[AutoGLMError], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra = {ContextFullError: {"n_prompt": 9, "n_ctx": 8}, errors.ActionParseError: {"text": "x"}}
+    extra = {
+        ContextFullError: {"n_prompt": 9, "n_ctx": 8},
+        errors.DoesNotFitError: {"budget_bytes": 1, "required_bytes": 2},
+        errors.ActionParseError: {"text": "x"},
+    }
     error = cls("thing: wrong", hint="do this", **extra.get(cls, {}))
     assert report(error) == 1
     printed = capsys.readouterr()

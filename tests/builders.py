@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from autoglm_gguf.checkpoint.tokenizer import GLM4_PATTERN
+from autoglm_gguf.gguf.describe import ModelDescription, VisionLimits
+from autoglm_gguf.gguf.header import Header, TensorInfo
 
 SPECIALS = (
     "<|endoftext|>",
@@ -609,3 +611,74 @@ def build_scripted_checkpoint(
         path.unlink()
     write_safetensors(directory / "model.safetensors", tensors)
     return directory
+
+
+def describe_sizes(
+    *,
+    layer_bytes: tuple[int, ...] = (10_000_000,) * 8,
+    token_embd_bytes: int = 4_000_000,
+    output_bytes: int = 4_000_000,
+    n_embd: int = 512,
+    n_ff: int = 1536,
+    n_heads: int = 8,
+    n_heads_kv: int = 2,
+    head_dim: int = 64,
+    n_vocab: int = 1000,
+    ggml_type: int = 1,
+    tower_bytes: int = 40_000_000,
+    max_pixels: int = 5_000_000,
+) -> ModelDescription:
+    """What a pair of these sizes says of itself; there are no files behind it.
+
+    Args:
+        layer_bytes: Weights of each layer.
+        token_embd_bytes: Weights of the token embedding.
+        output_bytes: Weights of the output matrix; 0 uses the token embedding twice.
+        n_embd: Embedding width.
+        n_ff: Feed-forward width.
+        n_heads: Attention heads.
+        n_heads_kv: Key and value heads.
+        head_dim: Width of a head.
+        n_vocab: Tokens; there are no merges.
+        ggml_type: Of the layers; F16 by default, which no CPU has in another order.
+        tower_bytes: Weights of the vision tower (4 blocks of 256, feed-forward 512); 0 for none.
+        max_pixels: Largest image, in two frames.
+    """
+    metadata = {
+        "general.architecture": "glm4",
+        "glm4.block_count": len(layer_bytes),
+        "glm4.embedding_length": n_embd,
+        "glm4.feed_forward_length": n_ff,
+        "glm4.attention.head_count": n_heads,
+        "glm4.attention.head_count_kv": n_heads_kv,
+        "glm4.attention.key_length": head_dim,
+        "tokenizer.ggml.tokens": [f"t{n}" for n in range(n_vocab)],
+    }
+    sizes = {f"blk.{n}.ffn_up.weight": n_bytes for n, n_bytes in enumerate(layer_bytes)}
+    sizes |= {"token_embd.weight": token_embd_bytes, "output.weight": output_bytes}
+    text = _sized_header("sized.gguf", metadata, sizes, ggml_type)
+    tower = None
+    if tower_bytes:
+        eyes = {
+            "general.architecture": "clip",
+            "clip.vision.embedding_length": 256,
+            "clip.vision.feed_forward_length": 512,
+            "clip.vision.projection_dim": n_embd,
+            "clip.vision.patch_size": 14,
+            "clip.vision.spatial_merge_size": 2,
+        }
+        tower = _sized_header("mmproj-sized.gguf", eyes, {"mm.down.weight": tower_bytes}, 1)
+    limits = VisionLimits(14, 2, 12_544, max_pixels) if tower_bytes else None
+    return ModelDescription(text, tower, None, frozenset(), limits, ())
+
+
+def _sized_header(
+    name: str, metadata: dict[str, Any], sizes: dict[str, int], ggml_type: int
+) -> Header:
+    tensors, at = {}, 0
+    for tensor, n_bytes in sizes.items():
+        if n_bytes:
+            shape = (1024, 1024)  # only its divisibility is looked at
+            tensors[tensor] = TensorInfo(tensor, shape, ggml_type, at, n_bytes)
+            at += n_bytes
+    return Header(Path(name), 3, 32, metadata, tensors, at)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from autoglm_gguf.config import CacheType
+from autoglm_gguf.config import CacheType, ContextParams
 from autoglm_gguf.errors import GGUFError
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.header import Header, TensorInfo
@@ -29,6 +29,7 @@ _F32, _F16 = 4, 2
 # each on average) and 302,077 merges: two tables of tokens, one of merge ranks.
 _BYTES_PER_TOKEN = 130
 _BYTES_PER_MERGE = 110
+_TOWER_BYTES = 4_400_000  # libmtmd's own, beside the weights; measured with two towers
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,11 @@ def text_shape(header: Header) -> TextShape:
     n_layers = _size(header, "{arch}.block_count")
     n_embd = _size(header, "{arch}.embedding_length")
     n_heads = _size(header, "{arch}.attention.head_count")
-    n_heads_kv = header.get_int("{arch}.attention.head_count_kv") or n_heads
+    if n_layers > len(header.tensors):
+        raise GGUFError(
+            f"{header.path.name}: {n_layers} layers, but {len(header.tensors)} tensors",
+            hint="convert the checkpoint again",
+        )
     layers: dict[int, int] = dict.fromkeys(range(n_layers), 0)
     loose = {"token_embd.weight": 0, "output.weight": 0}
     other = 0
@@ -101,8 +106,8 @@ def text_shape(header: Header) -> TextShape:
         n_embd=n_embd,
         n_ff=_size(header, "{arch}.feed_forward_length"),
         n_heads=n_heads,
-        n_heads_kv=n_heads_kv,
-        head_dim=header.get_int("{arch}.attention.key_length") or n_embd // n_heads,
+        n_heads_kv=_size(header, "{arch}.attention.head_count_kv", n_heads),
+        head_dim=_size(header, "{arch}.attention.key_length", max(1, n_embd // n_heads)),
         n_vocab=len(header.metadata[names.TOKENS]),
         n_merges=len(merges) if isinstance(merges, list) else 0,
         layer_bytes=tuple(layers.values()),
@@ -144,36 +149,49 @@ def layer_span(header: Header, layer: int) -> tuple[int, int]:
 
 def kv_cache_bytes(shape: TextShape, n_ctx: int, type_k: CacheType, type_v: CacheType) -> int:
     """The KV cache of one sequence: n_ctx rounded up to 256 cells."""
-    cells = -(-n_ctx // _CELLS_PER_PAD) * _CELLS_PER_PAD
     width = shape.n_heads_kv * shape.head_dim
     per_cell = 0
     for kind in (type_k, type_v):
         elements, n_bytes = _CACHE_BLOCKS[kind]
         per_cell += -(-width // elements) * n_bytes
-    return cells * shape.n_layers * per_cell
+    return _cells(n_ctx) * shape.n_layers * per_cell
 
 
-def compute_bytes(
-    shape: TextShape, n_ctx: int, n_batch: int, *, flash_attn: bool, n_outputs: int = 1
-) -> int:
-    """Scratch for one batch on the CPU: the graph's largest moment, and the kernels' work space.
+def cache_type_fits(shape: TextShape, kind: CacheType) -> bool:
+    """Whether heads can be kept in a cache type: llama.cpp wants whole blocks."""
+    return shape.head_dim % _CACHE_BLOCKS[kind][0] == 0
 
-    The largest moment is the feed-forward (its fused input and gated output, and four rows of
-    embeddings), without flash attention usually the attention scores, with many outputs the
-    logits. Every graph holds the attention mask.
+
+def graph_bytes(shape: TextShape, params: ContextParams, *, n_outputs: int = 1) -> int:
+    """llama.cpp's compute buffer on the CPU: the graph's largest moment.
+
+    Usually the feed-forward (its fused input and gated output, and three or four rows of
+    embeddings); without flash attention the attention scores, with f32 caches their f16 copies,
+    with many outputs the logits. Every graph holds the attention mask.
     """
-    n_batch = min(n_batch, n_ctx)
-    cells = -(-n_ctx // _CELLS_PER_PAD) * _CELLS_PER_PAD
-    feed_forward = n_batch * _F32 * (3 * shape.n_ff + 4 * shape.n_embd + 8)
+    n_batch, cells = min(params.n_batch, params.n_ctx), _cells(params.n_ctx)
+    caches = (params.type_k, params.type_v)
+    width, row = shape.n_heads_kv * shape.head_dim, n_batch * _F32 * shape.n_embd
+    # Where K and V are quantised as they are stored, the allocator finds room for one row less.
+    n_rows = 3 if all(_CACHE_BLOCKS[kind][0] > 1 for kind in caches) else 4
+    feed_forward = n_batch * _F32 * (3 * shape.n_ff + 8) + n_rows * row
+    if params.flash_attn:
+        copied = cells * width * _F16 * caches.count("f32")
+        attention = copied + 5 * row
+        feed_forward += min(copied, row)  # sometimes: the free room left by the copies is cut up
+    else:
+        attention = n_batch * _F32 * (shape.n_heads * cells + 2 * width) + 5 * row
     logits = n_outputs * _F32 * (shape.n_vocab + 2 * shape.n_embd)
-    scores = 0
-    if not flash_attn:
-        width = 5 * shape.n_embd + 2 * shape.n_heads_kv * shape.head_dim
-        scores = n_batch * _F32 * (shape.n_heads * cells + width)
-    mask = n_batch * cells * (_F16 if flash_attn else _F32)
-    # Activations quantised for the weights' kernels: at most q8_K, 292 bytes for 256 elements.
-    work = n_batch * shape.n_ff * 292 // 256
-    return max(feed_forward, logits, scores) + mask + work
+    mask = n_batch * cells * (_F16 if params.flash_attn else _F32)
+    return max(feed_forward, attention, logits) + mask
+
+
+def work_bytes(shape: TextShape, params: ContextParams) -> int:
+    """The CPU kernels' work space: a batch's activations quantised for the widest matrix.
+
+    At most q8_K, 292 bytes for 256 elements; f16 weights would take twice that.
+    """
+    return min(params.n_batch, params.n_ctx) * shape.n_ff * 292 // 256
 
 
 def output_bytes(shape: TextShape, n_outputs: int = 1) -> int:
@@ -189,16 +207,17 @@ def vocabulary_bytes(shape: TextShape) -> int:
 def encode_bytes(shape: TowerShape, n_image_tokens: int) -> int:
     """Peak scratch while one image is encoded, with flash attention, beside the tower's weights.
 
-    Four patches a token: the blocks' feed-forward (gate, up, their product) and six rows of width
-    ``hidden``; or the merger on whole tokens; the pixels in f32 and as unfolded patches.
+    Four patches a token: the blocks' feed-forward (gate, up, their product) and three rows of width
+    ``hidden``; or the merger on whole tokens. Besides, the kernels' work space, the pixels, and
+    what libmtmd keeps.
     """
     n_patches = n_image_tokens * shape.merge_size**2
-    blocks = n_patches * _F32 * (3 * shape.n_ff + 4 * shape.hidden)
+    blocks = n_patches * _F32 * 3 * (shape.n_ff + shape.hidden)
     merger = n_image_tokens * _F32 * (3 * shape.merger_width + 2 * shape.n_embd)
+    downsample = shape.hidden * shape.merge_size**2 * shape.n_embd  # a kernel, turned into f16
+    work = max(n_patches * shape.n_ff * 292 // 256, downsample * _F16)
     pixels = n_patches * shape.patch_size**2 * 3
-    unfolded = 2 * pixels * _F32
-    work = n_patches * shape.n_ff * 292 // 256
-    return max(blocks, merger) + unfolded + work + 2 * pixels
+    return max(blocks, merger) + work + 3 * pixels + _TOWER_BYTES
 
 
 def embedding_bytes(shape: TowerShape, n_image_tokens: int) -> int:
@@ -206,8 +225,14 @@ def embedding_bytes(shape: TowerShape, n_image_tokens: int) -> int:
     return n_image_tokens * shape.n_embd * _F32
 
 
-def _size(header: Header, key: str) -> int:
+def _cells(n_ctx: int) -> int:
+    return -(-n_ctx // _CELLS_PER_PAD) * _CELLS_PER_PAD
+
+
+def _size(header: Header, key: str, default: int | None = None) -> int:
     value = header.get_int(key)
+    if value is None:
+        value = default
     if value is None or not 0 < value < 2**31:
         name = key.format(arch=header.architecture)
         raise GGUFError(

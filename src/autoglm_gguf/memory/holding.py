@@ -23,7 +23,6 @@ READ_AHEAD = "read_ahead"
 """The item for pages that are in the page cache but not yet in the process."""
 _SCREEN_BYTES = 1080 * 2400 * 7  # a decoded screenshot, RGBA and RGB
 _LOAD_OVERSHOOT_BYTES = 160_000_000  # pages a watched load touches between two looks
-_ROOM_FOR_WORDS = 256  # n_ctx that an image may not take
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +104,13 @@ class Holding:
         )
 
     def image_tokens(self, params: ContextParams) -> int:
-        """The largest image that can come; 0 without a tower."""
+        """The largest image that can come; 0 without a tower. What exceeds n_ctx is refused."""
         if self._limits is None:
             return 0
         most = self._limits.max_pixels // (2 * self._limits.factor**2)
         if params.max_image_tokens is not None:
             most = min(most, params.max_image_tokens)
-        return max(1, min(most, params.n_ctx - _ROOM_FOR_WORDS))
+        return min(most, params.n_ctx)
 
     def layers_bytes(self, layers: Sequence[int]) -> int:
         """Weights of some layers."""
@@ -136,12 +135,13 @@ class Holding:
     def _streamed_places(self, choice: Choice, usable: int) -> Places:
         text, lasting = self.text, self._lasting_bytes
         others = sum_phases([*self._base(choice), *self._vision(choice)])
-        largest = max(text.layer_bytes, default=1)
+        largest = max(1, *text.layer_bytes)
         window = min(text.n_layers, LAYERS_AHEAD + 1) * largest
         n_kept = (usable - others["decode"] - lasting - window) // largest
         n_kept = max(0, min(text.n_layers - 1, n_kept))
         # What is copied stays through the load and through every image.
-        tightest = max(others["load"] + _LOAD_OVERSHOOT_BYTES, others["encode"])
+        overshoot = min(_LOAD_OVERSHOOT_BYTES, text.weights_bytes)
+        tightest = max(others["load"] + overshoot, others["encode"])
         n_copied = max(0, min(n_kept, (usable - tightest - lasting) // largest))
         streamed = _spread(text.n_layers, text.n_layers - n_kept)
         kept = [layer for layer in range(text.n_layers) if layer not in streamed]
@@ -150,12 +150,9 @@ class Holding:
     def _base(self, choice: Choice) -> list[Item]:
         """What is held in every phase, whatever is chosen for the weights."""
         text, params = self.text, choice.params
-        compute = estimate.compute_bytes(
-            text, params.n_ctx, params.n_batch, flash_attn=params.flash_attn
-        )
+        compute = estimate.graph_bytes(text, params) + estimate.work_bytes(text, params)
         kv_cache = estimate.kv_cache_bytes(text, params.n_ctx, params.type_k, params.type_v)
-        types = params.type_k if params.type_k == params.type_v else f"{params.type_k}/"
-        types += "" if params.type_k == params.type_v else params.type_v
+        types = "/".join(dict.fromkeys((params.type_k, params.type_v)))
         always = (
             ("process", self._floor_bytes, "Python and libraries"),
             ("vocabulary", estimate.vocabulary_bytes(text), f"{text.n_vocab} tokens"),
@@ -201,8 +198,9 @@ class Holding:
             f"{len(places.streamed)} streamed one at a time"
         )
         held = kept + self.layers_bytes(places.yielding) + largest
+        loading = kept + min(_LOAD_OVERSHOOT_BYTES, total)
         return [
-            Item("weights", kept + _LOAD_OVERSHOOT_BYTES, kept, held, counts),
+            Item("weights", loading, kept, held, counts),
             Item(READ_AHEAD, 0, 0, ahead, "in the page cache, before it is used"),
         ]
 

@@ -108,7 +108,7 @@ class AutoGLM:
                 server does (image, line break, text).
             **context: Fields of `ContextParams`: n_ctx, n_gpu_layers, n_threads, type_k, type_v,
                 flash_attn, n_batch, max_image_tokens. What is given is kept, the rest may be made
-                smaller to stay within the budget.
+                smaller to stay within the budget. ``n_gpu_layers="auto"`` means 0 for now.
 
         Raises:
             ValueError, TypeError: An argument out of range or unknown.
@@ -121,8 +121,8 @@ class AutoGLM:
         from autoglm_gguf.engine.llama import LlamaEngine
         from autoglm_gguf.memory.plan import plan_memory
 
+        plan = plan_memory(model, mmproj=mmproj, memory_budget=memory_budget, **context)
         text, tower = resolve_pair(model, mmproj)
-        plan = plan_memory(text, mmproj=tower, memory_budget=memory_budget, **context)
         engine = LlamaEngine(text, tower, plan.context, plan=plan)
         return cls(engine, content_format=content_format)
 

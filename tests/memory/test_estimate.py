@@ -1,4 +1,4 @@
-"""Bytes from headers, against sums made by hand, llama.cpp's own figures, and measured processes."""
+"""Bytes from headers: against sums made by hand, llama.cpp's own figures, measured processes."""
 
 from __future__ import annotations
 

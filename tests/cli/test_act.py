@@ -46,6 +46,30 @@ def test_act_prints_json(run: Run, acting_model: Path, screen: Path) -> None:
     assert step["usage"]["completion_tokens"] == 7
 
 
+def test_act_puts_memory_into_its_json_when_asked(
+    run: Run, acting_model: Path, screen: Path
+) -> None:
+    options = ["--screenshot", screen, "--json", "--stats", "--n-ctx", 1024, "--n-threads", 1]
+    result = run("act", acting_model, "--task", "打开微信", "--no-system", *options)
+    assert result.returncode == 0, result.stderr
+    memory = json.loads(result.stdout)["memory"]
+    assert memory["planned"]["budget_bytes"] == 4_000_000_000
+    assert memory["planned"]["context"]["n_ctx"] == 1024
+    assert set(memory["planned"]["phase_bytes"]) == {"load", "encode", "decode"}
+    measured = memory["measured"]
+    assert measured["peak_bytes"] >= measured["anonymous_bytes"] > 10**6
+    assert measured["device_bytes"] == 0
+
+
+def test_act_tells_memory_on_stderr_when_asked(
+    acting_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["act", str(acting_model), "--task", "打开微信", "--stats"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == 'do(action="Launch", app="微信")\n'
+    assert printed.err.splitlines()[-1].split() == ["budget", "4.00", "GB"]
+
+
 def test_act_without_an_action_exits_with_1(
     endless_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

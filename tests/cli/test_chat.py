@@ -89,7 +89,7 @@ def test_chat_takes_several_lines_as_one_message() -> None:
 def test_chat_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     converse("/help")
     assert capsys.readouterr().out == HELP + "\n"
-    for command in ("/image", "/clear", "/show", "/help", "/exit", "Ctrl-C", "Ctrl-D"):
+    for command in ("/image", "/clear", "/show", "/mem", "/help", "/exit", "Ctrl-C", "Ctrl-D"):
         assert command in HELP
 
 
@@ -112,6 +112,13 @@ def test_chat_show_prints_the_conversation(
     assert capsys.readouterr().out == (
         f"yes\nsystem: S\nuser: [image {screen}] what?\nassistant: yes\n"
     )
+
+
+def test_chat_mem_shows_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:
+    converse("/mem")
+    first, *rest = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert first == ["memory", "planned", "measured"]
+    assert [row[0] for row in rest] == ["peak", "anonymous", "mapped", "device"]
 
 
 def test_chat_image_goes_with_the_next_message_only(
@@ -209,6 +216,22 @@ def test_chat_takes_options_and_prints_json_through_a_pipe(
     assert (first["finish_reason"], first["usage"]["completion_tokens"]) == ("length", 3)
     assert first["usage"]["image_tokens"] == 24
     assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+
+
+@pytest.mark.native
+def test_chat_tells_the_plan_beside_the_measured_memory(run: Run, acting_model: Path) -> None:
+    options = ["--stats", "--memory-budget", "900MB", "--n-gpu-layers", "auto", "--json"]
+    result = run("chat", acting_model, *options, "--n-threads", 1, stdin="打开微信\n")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["finish_reason"] == "stop"
+    assert "note: n_gpu_layers: auto means 0 for now" in result.stderr
+    rows = [line.split() for line in result.stderr.splitlines()]
+    at = rows.index(["memory", "planned", "measured"])
+    assert [row[0] for row in rows[at + 1 :]] == [
+        *("load", "encode", "decode", "peak", "anonymous", "mapped", "device", "budget")
+    ]
+    assert rows[-1] == ["budget", "900.00", "MB"]
+    assert len(rows[at + 4]) == 5  # the peak: planned and measured, each with its unit
 
 
 # --- at a terminal ---

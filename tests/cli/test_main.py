@@ -41,6 +41,8 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
         ["act"],
         ["chat", "--type-k", "q3"],
         ["chat", "--content-format", "xml"],
+        ["chat", "x.gguf", "--n-gpu-layers", "some"],
+        ["plan", "x.gguf", "--n-ctx", "many"],
         ["inspect", "a", "b"],
     ],
 )
@@ -63,6 +65,10 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
         (["chat", "x.gguf", "--top-p", "nan"], "top_p nan"),
         (["act", "x.gguf", "--task", "t", "--seed", "-1"], "seed -1"),
         (["act", "x.gguf", "--task", "t", "--stop", ""], "stop"),
+        (["chat", "x.gguf", "--memory-budget", "4 GB of fun"], "memory budget '4 GB of fun'"),
+        (["act", "x.gguf", "--task", "t", "--memory-budget", "0"], "memory budget '0'"),
+        (["plan", "x.gguf", "--memory-budget=-4GB"], "memory budget '-4GB'"),
+        (["plan", "x.gguf", "--n-batch", "0"], "n_batch 0"),
     ],
 )
 def test_value_out_of_range_exits_with_2(
@@ -80,6 +86,7 @@ def test_value_out_of_range_exits_with_2(
         ["convert", "nowhere"],
         ["inspect", "nowhere.gguf"],
         ["chat", "nowhere.gguf"],
+        ["plan", "nowhere.gguf"],
         ["act", "nowhere.gguf", "--task", "t"],
         ["chat", "zai-org/AutoGLM-Phone-9B"],
     ],

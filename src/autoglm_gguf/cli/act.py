@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from autoglm_gguf.cli import options, output
+from autoglm_gguf.cli.plan import draw_memory, memory_as_json
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,16 +33,19 @@ def run(arguments: argparse.Namespace) -> None:
             current_app=arguments.current_app,
             **sampling,
         )
+        memory = memory_as_json(model.info.plan) if arguments.stats else None
+        lines = [*draw_memory(model.info.plan)] if arguments.stats else []
     if arguments.json:
-        output.write_json(
-            {
-                "thinking": step.thinking,
-                "action": {"name": step.action.name, **step.action.arguments},
-                "rendered": step.action.render(),
-                "usage": asdict(step.usage),
-                "timings": asdict(step.timings),
-            }
-        )
+        facts = {
+            "thinking": step.thinking,
+            "action": {"name": step.action.name, **step.action.arguments},
+            "rendered": step.action.render(),
+            "usage": asdict(step.usage),
+            "timings": asdict(step.timings),
+        }
+        output.write_json(facts if memory is None else {**facts, "memory": memory})
         return
     output.note(output.dim(f"thinking: {step.thinking}"))
     output.write(step.action.render())
+    for line in lines:
+        output.note(line)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_gguf.cli import options, output
+from autoglm_gguf.cli.plan import draw_memory
 from autoglm_gguf.cli.prompt_line import EndOfInput, LineReader, open_reader
 from autoglm_gguf.errors import AutoGLMError
 from autoglm_gguf.messages import Chunk, ImagePart
@@ -25,6 +26,7 @@ from autoglm_gguf.vision import open_image
 HELP = """/image PATH   show an image with the next message
 /clear        forget the conversation
 /show         print the conversation so far
+/mem          memory planned and measured
 /help         this list
 /exit         leave (also Ctrl-D)
 A line that ends with \\ goes on in the next one.
@@ -53,6 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
         reader = open_reader(interactive=sys.stdin.isatty())
         if reader.interactive or not talk.failed:
             talk.loop(reader)
+        if arguments.stats:
+            for line in draw_memory(model.info.plan):
+                output.note(line)
     if talk.failed and not reader.interactive:
         raise ConversationFailedError("chat: not every message was answered")
 
@@ -113,6 +118,7 @@ class Conversation:
             "/image": self._take_image,
             "/clear": self._clear,
             "/show": self._show,
+            "/mem": self._show_memory,
             "/help": lambda _: output.write(HELP),
         }
 
@@ -184,6 +190,10 @@ class Conversation:
                 for part in parts
             ]
             output.write(f"{message.role}: {' '.join(shown)}")
+
+    def _show_memory(self, _: str) -> None:
+        for line in draw_memory(self._model.info.plan):
+            output.write(line)
 
     def _answer(self, text: str) -> None:
         """Stream one answer; an error or Ctrl-C ends the answer, never the conversation."""

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from autoglm_gguf.cli import output
-from autoglm_gguf.config import CACHE_TYPES, CONTENT_FORMATS, SamplingParams
+from autoglm_gguf.config import CACHE_TYPES, CONTENT_FORMATS, ContextParams, SamplingParams
+from autoglm_gguf.memory.budget import DEFAULT_BUDGET
+from autoglm_gguf.memory.plan import AUTO
 from autoglm_gguf.session import AutoGLM
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL and how it is loaded."""
+    """MODEL and how it is loaded and run."""
+    add_memory_options(parser)
+    parser.add_argument("--n-threads", type=int, metavar="N", help="default: usable cores")
+    parser.add_argument(
+        "--content-format",
+        choices=CONTENT_FORMATS,
+        default="openai",
+        help="openai: as transformers renders; string: as the official server does",
+    )
+    parser.add_argument(
+        "--stats", action="store_true", help="tell the memory that was planned and measured"
+    )
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL and what decides how much memory it takes; what is not given, the plan chooses."""
+    default = ContextParams()
     parser.add_argument(
         "model",
         nargs="?",
@@ -19,22 +38,38 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="text GGUF or a directory with one; without it, the embedded autoglm-tiny",
     )
     parser.add_argument("--mmproj", metavar="FILE", help="vision tower (default: beside MODEL)")
-    parser.add_argument("--n-ctx", type=int, default=4096, metavar="N", help="context, tokens")
     parser.add_argument(
-        "--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU; -1 means all"
+        "--memory-budget",
+        metavar="SIZE",
+        default=DEFAULT_BUDGET,
+        help="for everything the process holds, such as 4GB, 4GiB or none (default: %(default)s)",
     )
-    parser.add_argument("--n-threads", type=int, metavar="N", help="default: usable cores")
-    parser.add_argument("--type-k", choices=CACHE_TYPES, default="f16", help="K cache type")
-    parser.add_argument("--type-v", choices=CACHE_TYPES, default="f16", help="V cache type")
-    parser.add_argument(
-        "--max-image-tokens", type=int, metavar="N", help="upper bound for one image"
+    add = partial(parser.add_argument, default=None)
+    add("--n-ctx", type=int, metavar="N", help=f"context, tokens (default: {default.n_ctx})")
+    add("--n-batch", type=int, metavar="N", help=f"tokens a batch (default: {default.n_batch})")
+    add(
+        "--n-gpu-layers",
+        type=_gpu_layers,
+        metavar="N",
+        help="layers on the GPU; -1 means all, auto means none for now (default: 0)",
     )
-    parser.add_argument(
-        "--content-format",
-        choices=CONTENT_FORMATS,
-        default="openai",
-        help="openai: as transformers renders; string: as the official server does",
+    add("--type-k", choices=CACHE_TYPES, help=f"K cache type (default: {default.type_k})")
+    add("--type-v", choices=CACHE_TYPES, help=f"V cache type (default: {default.type_v})")
+    add(
+        "--max-image-tokens",
+        type=int,
+        metavar="N",
+        help="upper bound for one image (default: the model's own)",
     )
+
+
+def _gpu_layers(text: str) -> int | str:
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: neither a number nor auto") from None
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
@@ -60,8 +95,16 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     return chosen
 
 
-def load_model(arguments: argparse.Namespace) -> AutoGLM:
-    """Load the model that the options name, or convert and load the embedded one."""
+def memory_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The memory options as keyword arguments of `plan_memory`: only the sizes that were given."""
+    keys = ("n_ctx", "n_batch", "n_gpu_layers", "type_k", "type_v", "max_image_tokens")
+    chosen = {key: getattr(arguments, key) for key in keys}
+    given = {key: value for key, value in chosen.items() if value is not None}
+    return {"memory_budget": arguments.memory_budget, **given}
+
+
+def find_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and mmproj that the options name, or the embedded pair, converted if need be."""
     model, mmproj = arguments.model, arguments.mmproj
     if model is None:
         from autoglm_gguf.embedded import default_pair
@@ -69,17 +112,16 @@ def load_model(arguments: argparse.Namespace) -> AutoGLM:
         output.note("no MODEL given: using the embedded autoglm-tiny, a toy that shows the way")
         pair = default_pair(on_progress=output.ProgressLine())
         model, mmproj = pair.text, mmproj or pair.mmproj
-    loaded = AutoGLM.load(
-        model,
-        mmproj=mmproj or "auto",
-        content_format=arguments.content_format,
-        n_ctx=arguments.n_ctx,
-        n_gpu_layers=arguments.n_gpu_layers,
-        n_threads=arguments.n_threads,
-        type_k=arguments.type_k,
-        type_v=arguments.type_v,
-        max_image_tokens=arguments.max_image_tokens,
-    )
+    return model, mmproj or "auto"
+
+
+def load_model(arguments: argparse.Namespace) -> AutoGLM:
+    """Load the model that the options name, or convert and load the embedded one."""
+    model, mmproj = find_model(arguments)
+    given = memory_arguments(arguments)
+    if arguments.n_threads is not None:
+        given["n_threads"] = arguments.n_threads
+    loaded = AutoGLM.load(model, mmproj=mmproj, content_format=arguments.content_format, **given)
     for remark in loaded.info.notes:
         output.note(f"note: {remark}")
     return loaded

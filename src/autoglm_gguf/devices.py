@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+_MEMINFO = Path("/proc/meminfo")
+_GROUPS = Path("/proc/self/cgroup")
 _CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT = 2**60  # cgroup v1 writes a number near 2**63 where there is no limit
 
@@ -45,7 +47,7 @@ def probe_memory() -> MachineMemory | None:
 def _linux_memory() -> MachineMemory | None:
     found: dict[str, int] = {}
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in _MEMINFO.read_text().splitlines():
             key, _, value = line.partition(":")
             if value.endswith("kB"):
                 found[key] = int(value.split()[0]) * 1024
@@ -68,7 +70,7 @@ def _other_memory() -> MachineMemory | None:
 def _cgroup_memory() -> MachineMemory | None:
     """The tightest limit on the way up from this process's group; version 2, else version 1."""
     try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        groups = _GROUPS.read_text().splitlines()
     except OSError:
         return None
     found: list[MachineMemory] = []

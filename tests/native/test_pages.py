@@ -89,6 +89,7 @@ def test_bytes_are_read_in_through_the_mapping(tmp_path: Path) -> None:
     with open_mapped(tmp_path / "file", 64 << 20) as mapped:
         mapped.forget()
         mapping = pages.find_mappings(mapped.path)[0]
+        pages.read_exactly_what_is_asked(mapped.descriptor)
         pages.read_in(mapping, mapped.descriptor, 0, 64 << 20, lambda: False)
         assert mapped.is_cached(0, 64 << 20)
 

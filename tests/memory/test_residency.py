@@ -1,0 +1,196 @@
+"""Which pages of a mapped file stay, on Linux: dropped, given way, read ahead, watched at load."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mapped import MappedFile, open_mapped, resident_of
+
+from autoglm_gguf import EngineError
+from autoglm_gguf.memory.residency import LoadWatch, Residency, Span
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+MIB = 2**20
+N_LAYERS = 8
+
+
+def layer(n: int) -> Span:
+    return n * 4 * MIB, (n + 1) * 4 * MIB
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> Iterator[MappedFile]:
+    """Eight layers of 4 MiB."""
+    with open_mapped(tmp_path / "model.gguf", N_LAYERS * 4 * MIB) as found:
+        yield found
+
+
+@contextmanager
+def reside(
+    mapped: MappedFile,
+    streamed: tuple[int, ...] = (),
+    yielding: tuple[int, ...] = (),
+    *,
+    scarce: bool = False,
+) -> Iterator[Residency]:
+    residency = Residency(
+        mapped.path,
+        streamed={n: layer(n) for n in streamed},
+        yielding=[layer(n) for n in yielding],
+        cache_is_scarce=lambda: scarce,
+    )
+    try:
+        yield residency
+    finally:
+        residency.close()
+
+
+def held(mapped: MappedFile) -> list[int]:
+    """The layers this process holds, whole or in part."""
+    return [n for n in range(N_LAYERS) if mapped.resident_bytes(*layer(n))]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_streamed_layer_is_dropped_when_it_is_passed(mapped: MappedFile) -> None:
+    with reside(mapped, streamed=(1, 4)) as residency:
+        mapped.touch()
+        residency.passed(1)
+        assert held(mapped) == [0, 2, 3, 4, 5, 6, 7]
+        residency.passed(4)
+        assert held(mapped) == [0, 2, 3, 5, 6, 7]
+
+
+def test_layers_that_stay_are_not_dropped(mapped: MappedFile) -> None:
+    with reside(mapped, streamed=(1, 4)) as residency:
+        mapped.touch()
+        residency.passed(0)
+        residency.passed(3)
+        assert held(mapped) == list(range(N_LAYERS))
+
+
+def test_watched_layers_are_the_streamed_ones_and_those_before_them(mapped: MappedFile) -> None:
+    with reside(mapped, streamed=(0, 3, 4)) as residency:
+        assert residency.watched_layers == (0, 2, 3, 4)
+    with reside(mapped, yielding=(3,)) as residency:
+        assert residency.watched_layers == ()
+
+
+def test_yielding_layers_give_way_and_come_back(mapped: MappedFile) -> None:
+    with reside(mapped, streamed=(1,), yielding=(2, 5)) as residency:
+        before = mapped.touch()
+        residency.give_way()
+        assert held(mapped) == [0, 1, 3, 4, 6, 7]
+        assert mapped.touch() == before
+        assert held(mapped) == list(range(N_LAYERS))
+
+
+def test_everything_is_dropped_after_a_load(mapped: MappedFile) -> None:
+    with reside(mapped, yielding=(2,)) as residency:
+        mapped.touch()
+        residency.drop_all()
+        assert held(mapped) == []
+
+
+@pytest.mark.parametrize("scarce", [False, True])
+def test_first_streamed_layer_is_read_when_a_batch_begins(mapped: MappedFile, scarce: bool) -> None:
+    mapped.forget()
+    with reside(mapped, streamed=(2, 5), scarce=scarce) as residency:
+        residency.begin()
+        wait_until(lambda: mapped.is_cached(*layer(2)))
+        assert not mapped.is_cached(*layer(5), any)
+
+
+def test_next_streamed_layer_is_read_while_one_is_in_use(mapped: MappedFile) -> None:
+    mapped.forget()
+    with reside(mapped, streamed=(2, 5)) as residency:
+        residency.begin()
+        residency.passed(1)
+        wait_until(lambda: mapped.is_cached(*layer(5)))
+        residency.passed(2)
+        residency.passed(4)  # the last one asks for the first: the next batch needs it
+
+
+def test_computation_waits_for_a_layer_where_the_cache_is_scarce(mapped: MappedFile) -> None:
+    mapped.forget()
+    with reside(mapped, streamed=(0, 5), scarce=True) as residency:
+        residency.begin()
+        assert mapped.is_cached(*layer(0))
+        residency.passed(4)
+        assert mapped.is_cached(*layer(5))
+
+
+@pytest.mark.parametrize("scarce", [False, True])
+def test_used_layer_leaves_the_page_cache_only_where_it_is_scarce(
+    mapped: MappedFile, scarce: bool
+) -> None:
+    mapped.forget()
+    mapped.touch()
+    with reside(mapped, streamed=(3,), yielding=(6,), scarce=scarce) as residency:
+        residency.passed(3)
+        assert mapped.is_cached(*layer(3)) is not scarce
+        residency.give_way()
+        assert mapped.is_cached(*layer(6)) is not scarce
+
+
+def test_many_batches_read_every_layer_again(mapped: MappedFile) -> None:
+    mapped.forget()
+    with reside(mapped, streamed=(0, 2, 4, 6), scarce=True) as residency:
+        for _ in range(5):
+            residency.begin()
+            for n in range(N_LAYERS):
+                if n in (0, 2, 4, 6):
+                    assert mapped.is_cached(*layer(n))
+                if n in residency.watched_layers:
+                    residency.passed(n)
+
+
+def test_closing_ends_the_reader(mapped: MappedFile) -> None:
+    with reside(mapped, streamed=(0, 1, 2)) as residency:
+        residency.begin()
+        assert "read-ahead" in [thread.name for thread in threading.enumerate()]
+    assert "read-ahead" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_file_that_is_not_mapped_is_an_error(tmp_path: Path) -> None:
+    """Its pages could not be dropped: the budget would be a word."""
+    (tmp_path / "m.gguf").write_bytes(bytes(MIB))
+    with pytest.raises(EngineError, match=r"m\.gguf: its pages cannot be found"):
+        Residency(tmp_path / "m.gguf", streamed={}, cache_is_scarce=lambda: False)
+
+
+# --- the load ---
+
+
+def test_load_watch_keeps_a_mapping_small(mapped: MappedFile) -> None:
+    with LoadWatch(mapped.path):
+        mapped.touch()
+        wait_until(lambda: resident_of(mapped.path) == 0)
+    mapped.touch()
+    time.sleep(0.05)
+    assert resident_of(mapped.path) == N_LAYERS * 4 * MIB  # the watch is over
+
+
+def test_load_watch_does_nothing_when_disabled(mapped: MappedFile) -> None:
+    with LoadWatch(mapped.path, enabled=False):
+        mapped.touch()
+        time.sleep(0.05)
+        assert resident_of(mapped.path) == N_LAYERS * 4 * MIB
+
+
+def test_load_watch_ends_with_a_failed_load(mapped: MappedFile) -> None:
+    with pytest.raises(EngineError), LoadWatch(mapped.path):
+        raise EngineError("no")
+    assert "load-watch" not in [thread.name for thread in threading.enumerate()]

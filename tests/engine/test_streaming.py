@@ -52,7 +52,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 
 
 def planned(pair: Pair, **changed: Any) -> MemoryPlan:
-    plan = plan_memory(pair[0], mmproj=pair[1], memory_budget="none", n_ctx=512, n_batch=64)
+    sizes = {"n_ctx": 512, "n_batch": 64, "n_threads": 1}  # several wait for each other per node
+    plan = plan_memory(pair[0], mmproj=pair[1], memory_budget="none", **sizes)
     return replace(plan, **changed)
 
 

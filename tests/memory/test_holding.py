@@ -162,9 +162,11 @@ def test_tied_embeddings_stay_as_the_output_does() -> None:
     assert tied["weights"][1] == 9 * MB
 
 
-def test_load_of_a_small_model_touches_no_more_than_its_file() -> None:
+def test_streamed_load_touches_one_tensor_beside_what_stays() -> None:
     choice = choose("streamed", tower_on_demand=True, gives_way=True)
-    assert by_name(hold().items(choice, 0))["weights"][0] == 4 * MB + 88 * MB
+    assert by_name(hold().items(choice, 0))["weights"][0] == 4 * MB + 10 * MB
+    wide = hold(output_bytes=30 * MB).items(choice, 0)
+    assert by_name(wide)["weights"][0] == 30 * MB + 30 * MB
 
 
 # --- kernels ---

@@ -1,7 +1,7 @@
 """Puts a text model's weights where a plan says, and keeps the page bookkeeping for it.
 
-The peak at load is part of the promise: llama.cpp maps the whole file with all its pages, so a load
-that must stay small is watched.
+The peak at load is part of the promise: llama.cpp would map the whole file with all its pages, so a
+load that must stay small is watched.
 """
 
 from __future__ import annotations
@@ -33,8 +33,22 @@ def load_weights(header: Header, params: ContextParams, plan: MemoryPlan | None)
     else:
         placement = Placement(copied=_copied(header, frozenset(plan.places.copied)))
     watched = plan is not None and plan.weights == "streamed"
-    with LoadWatch(header.path, enabled=watched):
-        return LlamaModel(header.path, n_gpu_layers=params.n_gpu_layers, placement=placement)
+    with LoadWatch(header.path, _mapped_span(header, placement), enabled=watched) as watch:
+        return LlamaModel(
+            header.path,
+            n_gpu_layers=params.n_gpu_layers,
+            placement=placement,
+            on_tensor=watch.look,
+        )
+
+
+def _mapped_span(header: Header, placement: Placement) -> tuple[int, int]:
+    """From the first to the last file byte of the tensors that are not copied."""
+    left = [t for t in header.tensors.values() if t.name not in placement.copied]
+    return (
+        min((t.offset for t in left), default=0),
+        max((t.offset + t.n_bytes for t in left), default=0),
+    )
 
 
 def open_residency(header: Header, plan: MemoryPlan | None) -> Residency | None:

@@ -22,7 +22,6 @@ FLOOR_BYTES = 72_000_000
 READ_AHEAD = "read_ahead"
 """The item for pages that are in the page cache but not yet in the process."""
 _SCREEN_BYTES = 1080 * 2400 * 7  # a decoded screenshot, RGBA and RGB
-_LOAD_OVERSHOOT_BYTES = 160_000_000  # pages a watched load touches between two looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +82,8 @@ class Holding:
         # Read for every token, and in no layer.
         tied = 0 if self.text.output_bytes else self.text.token_embd_bytes
         self._lasting_bytes = self.text.output_bytes + self.text.other_bytes + tied
+        # While a tensor is copied, its pages are in the mapping too.
+        self._touched_bytes = max(self.text.output_bytes, *self.text.layer_bytes)
 
     def peak(self, choice: Choice, usable: int) -> int:
         """Bytes at the worst moment."""
@@ -140,8 +141,7 @@ class Holding:
         n_kept = (usable - others["decode"] - lasting - window) // largest
         n_kept = max(0, min(text.n_layers - 1, n_kept))
         # What is copied stays through the load and through every image.
-        overshoot = min(_LOAD_OVERSHOOT_BYTES, text.weights_bytes)
-        tightest = max(others["load"] + overshoot, others["encode"])
+        tightest = max(others["load"] + self._touched_bytes, others["encode"])
         n_copied = max(0, min(n_kept, (usable - tightest - lasting) // largest))
         streamed = _spread(text.n_layers, text.n_layers - n_kept)
         kept = [layer for layer in range(text.n_layers) if layer not in streamed]
@@ -198,7 +198,7 @@ class Holding:
             f"{len(places.streamed)} streamed one at a time"
         )
         held = kept + self.layers_bytes(places.yielding) + largest
-        loading = kept + min(_LOAD_OVERSHOOT_BYTES, total)
+        loading = kept + self._touched_bytes
         return [
             Item("weights", loading, kept, held, counts),
             Item(READ_AHEAD, 0, 0, ahead, "in the page cache, before it is used"),

@@ -17,42 +17,48 @@ from types import TracebackType
 
 from autoglm_gguf.errors import EngineError
 from autoglm_gguf.native import pages
+from autoglm_gguf.native.mapping import without_populating
 
 LAYERS_AHEAD = 1
 """Streamed layers that are read while another is in use."""
-_LOOK_SECONDS = 0.02  # how often a load is looked at
 Span = tuple[int, int]
 
 
 class LoadWatch:
-    """Keeps a mapping small while llama.cpp loads it, which touches the whole file at once.
+    """Keeps a mapping small while llama.cpp loads it: what a tensor touched goes before the next.
 
-    Use as a context manager around the load.
+    Use as a context manager around the load, which calls `look` before each tensor.
 
     Args:
         path: The file that is being mapped.
+        span: The file bytes that stay mapped. At its end the load unmaps what lies around them,
+            and dropping pages there would empty whatever memory comes to lie in its place.
         enabled: Do nothing if False.
     """
 
-    def __init__(self, path: Path, *, enabled: bool = True) -> None:
-        self._path = path
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="load-watch", daemon=True)
+    def __init__(self, path: Path, span: Span, *, enabled: bool = True) -> None:
+        self._path, self._span = path, span
         self._enabled = enabled and pages.SUPPORTED
+        self._descriptor = -1
+        self._mappings: list[pages.Mapping] = []
+        self._undo = contextlib.ExitStack()
 
-    def _watch(self) -> None:
-        descriptor = os.open(self._path, os.O_RDONLY)
-        size = os.fstat(descriptor).st_size
-        try:
-            while not self._done.wait(_LOOK_SECONDS):
-                for mapping in pages.find_mappings(self._path):
-                    pages.drop_pages(mapping, 0, size, descriptor)
-        finally:
-            os.close(descriptor)
+    def look(self) -> None:
+        """Drop the pages that were touched since the last look."""
+        if not self._enabled:
+            return
+        if not self._mappings:
+            self._mappings = pages.find_mappings(self._path)
+            for mapping in self._mappings:
+                pages.expect_any_reads(mapping)
+        for mapping in self._mappings:
+            pages.drop_pages(mapping, *self._span, self._descriptor)
 
     def __enter__(self) -> LoadWatch:
         if self._enabled:
-            self._thread.start()
+            self._descriptor = os.open(self._path, os.O_RDONLY)
+            self._undo.callback(os.close, self._descriptor)
+            self._undo.enter_context(without_populating())
         return self
 
     def __exit__(
@@ -61,9 +67,7 @@ class LoadWatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._done.set()
-        if self._enabled:
-            self._thread.join()
+        self._undo.close()
 
 
 class Residency:

@@ -24,7 +24,7 @@ SUPPORTED = IS_LINUX or IS_MACOS
 _PART_BYTES = 4 << 20
 _EDGE_BYTES = 16 << 20  # the system reads at most so far past a fault: two of its windows
 _local = threading.local()  # a read buffer for each thread
-_MADV_RANDOM, _MADV_DONTNEED = 1, 4  # the same numbers on Linux and macOS
+_MADV_NORMAL, _MADV_RANDOM, _MADV_DONTNEED = 0, 1, 4  # the same numbers on Linux and macOS
 _MADV_POPULATE_READ = 22  # Linux 5.14
 _MAP_FIXED, _MAP_SHARED, _PROT_READ = 0x10, 0x01, 0x01  # the same on both
 
@@ -90,6 +90,11 @@ def expect_scattered_reads(mapping: Mapping, start: int, end: int) -> None:
     first, last = _whole_pages(mapping, start, end)
     if first < last:
         _libc().madvise(first, last - first, _MADV_RANDOM)
+
+
+def expect_any_reads(mapping: Mapping) -> None:
+    """Let the system judge by itself how far to read ahead of a fault."""
+    _libc().madvise(mapping.address, mapping.n_bytes, _MADV_NORMAL)
 
 
 def _whole_pages(mapping: Mapping, start: int, end: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from autoglm_gguf import (
     PromptError,
     TextPart,
     Usage,
+    measure_memory,
 )
 from autoglm_gguf.engine.fake import IMAGE, STOP, FakeEngine
 from autoglm_gguf.session import close_answer, collect
@@ -488,6 +489,21 @@ def test_cancel_ends_an_astream() -> None:
     chunks = asyncio.run(read())
     assert chunks[-1].finish_reason == "cancelled"
     assert len(chunks) < len(ENDLESS)
+
+
+# --- memory ---
+
+
+def test_memory_is_the_process_with_the_models_device_buffers() -> None:
+    engine = FakeEngine()
+    engine.device_bytes = 2**40
+    usage = AutoGLM(engine).memory()
+    alone = measure_memory()
+    if usage is None or alone is None:
+        pytest.skip("this system does not say")
+    assert usage.device_bytes == 2**40
+    assert usage.total_bytes - 2**40 == pytest.approx(alone.total_bytes, rel=0.1)
+    assert usage.peak_bytes - 2**40 == pytest.approx(alone.peak_bytes, rel=0.1)
 
 
 # --- act ---

@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +30,7 @@ from autoglm_gguf.generation import Request, Run
 from autoglm_gguf.gguf.names import END_OF_ANSWER
 from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
+from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
 from autoglm_gguf.messages import (
     Chunk,
     Completion,
@@ -130,6 +131,19 @@ class AutoGLM:
     def info(self) -> EngineInfo:
         """Name, sizes, stop tokens, image limits, and notes on what was chosen."""
         return self._engine.info
+
+    def memory(self) -> MemoryUsage | None:
+        """What this process holds now, with the model's buffers on devices; plan: ``info.plan``.
+
+        Returns:
+            None where the system does not say.
+        """
+        usage = measure_memory()
+        if usage is None:
+            return None
+        device_bytes = self._engine.device_bytes  # as long as the model is loaded
+        peak_bytes = usage.peak_bytes + device_bytes
+        return replace(usage, device_bytes=device_bytes, peak_bytes=peak_bytes)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of text; literal special tokens become their ids, nothing is added."""

@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
             current_app=arguments.current_app,
             **sampling,
         )
-        memory = memory_as_json(model.info.plan) if arguments.stats else None
-        lines = [*draw_memory(model.info.plan)] if arguments.stats else []
+        memory = memory_as_json(model) if arguments.stats else None
+        lines = [*draw_memory(model)] if arguments.stats else []
     if arguments.json:
         facts = {
             "thinking": step.thinking,

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         if reader.interactive or not talk.failed:
             talk.loop(reader)
         if arguments.stats:
-            for line in draw_memory(model.info.plan):
+            for line in draw_memory(model):
                 output.note(line)
     if talk.failed and not reader.interactive:
         raise ConversationFailedError("chat: not every message was answered")
@@ -192,7 +192,7 @@ class Conversation:
             output.write(f"{message.role}: {' '.join(shown)}")
 
     def _show_memory(self, _: str) -> None:
-        for line in draw_memory(self._model.info.plan):
+        for line in draw_memory(self._model):
             output.write(line)
 
     def _answer(self, text: str) -> None:

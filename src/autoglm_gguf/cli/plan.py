@@ -11,8 +11,9 @@ from dataclasses import asdict
 from typing import Any
 
 from autoglm_gguf.cli import options, output
-from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
+from autoglm_gguf.memory.measure import MemoryUsage
 from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
+from autoglm_gguf.session import AutoGLM
 from autoglm_gguf.units import format_bytes
 
 _BAR = 40
@@ -48,9 +49,9 @@ def plan_as_json(plan: MemoryPlan) -> dict[str, Any]:
     return {**asdict(plan), **derived}
 
 
-def memory_as_json(plan: MemoryPlan | None) -> dict[str, Any]:
+def memory_as_json(model: AutoGLM) -> dict[str, Any]:
     """The plan and what is measured now."""
-    usage = measure_memory()
+    plan, usage = model.info.plan, model.memory()
     return {
         "planned": None if plan is None else plan_as_json(plan),
         "measured": None if usage is None else asdict(usage),
@@ -85,9 +86,9 @@ def draw_plan(plan: MemoryPlan) -> Iterator[str]:
             yield f"{'':<41}{lever.cost}"
 
 
-def draw_memory(plan: MemoryPlan | None) -> Iterator[str]:
+def draw_memory(model: AutoGLM) -> Iterator[str]:
     """The plan's phases beside what is measured now."""
-    usage = measure_memory()
+    plan, usage = model.info.plan, model.memory()
     yield f"{'memory':<12}{'planned':>11}{'measured':>11}"
     if plan is not None:
         for phase, n_bytes in plan.phase_bytes.items():

@@ -27,7 +27,7 @@ class MemoryUsage:
     mapped_bytes: int
     """Resident pages of files: mapped weights, libraries."""
     peak_bytes: int
-    """Most of both together since the start of the process, or since `reset_peak`."""
+    """Most of all together since the start of the process, or since `reset_peak`."""
     device_bytes: int = 0
     """Buffers on devices with memory of their own."""
 

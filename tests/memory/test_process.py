@@ -1,0 +1,107 @@
+"""The promise itself: fresh processes under a budget smaller than the file, and what they held."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import Shape, build_sparse_checkpoint
+
+from autoglm_gguf import convert
+from autoglm_gguf.native import pages
+
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+    pytest.mark.skipif(not pages.SUPPORTED, reason="weights cannot be streamed here"),
+]
+
+MB = 10**6
+SHAPE = Shape(
+    hidden_size=1024,
+    n_layers=16,
+    n_heads=8,
+    head_dim=128,
+    intermediate_size=5120,
+    mrope_section=(8, 12, 12),
+    vision_depth=2,
+    vision_hidden=512,
+    vision_heads=8,
+    merger_width=2048,
+    n_vocab=16384,
+)
+# Loads, makes 16 tokens after a whole batch, and after an image where there is a tower.
+CHILD = """
+import json, sys
+from PIL import Image
+from autoglm_gguf import AutoGLM
+job = json.loads(sys.argv[1])
+sizes = {"n_ctx": 512, "n_batch": 64, "n_threads": 1, "n_gpu_layers": 0}
+report = {"tokens": []}
+with AutoGLM.load(
+    job["model"], mmproj="auto" if job["image"] else None, memory_budget=job["budget"], **sizes
+) as model:
+    report["load_peak_bytes"] = model.memory().peak_bytes
+    for _ in range(2 if job["image"] else 1):
+        image = Image.new("RGB", (168, 224), "red") if job["image"] else None
+        text = "a" * (1 if job["image"] else 80)
+        answer = model.generate(text, image=image, max_tokens=16)
+        report["tokens"].append(len(answer.tokens))
+    plan, usage = model.info.plan, model.memory()
+report |= {
+    "peak_bytes": usage.peak_bytes,
+    "weights": plan.weights,
+    "planned_bytes": plan.peak_bytes,
+    "process_bytes": plan.process_bytes,
+    "planned_load_bytes": plan.phase_bytes["load"],
+}
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text GGUF of 350 MB in q8_0, its mmproj beside it; the weights are all zero."""
+    base = tmp_path_factory.mktemp("process")
+    return convert(build_sparse_checkpoint(base / "c", SHAPE), base / "out", "q8_0").text
+
+
+def run(model: Path, budget: str, *, image: bool = False) -> dict[str, Any]:
+    job = json.dumps({"model": str(model), "budget": budget, "image": image})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, job], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+@pytest.mark.parametrize("budget_mb", [320, 220])
+def test_text_model_larger_than_its_budget_streams_within_it(model: Path, budget_mb: int) -> None:
+    assert model.stat().st_size > budget_mb * MB
+    report = run(model, f"{budget_mb}MB")
+    assert report["weights"] == "streamed"
+    assert report["tokens"] == [16]
+    assert report["load_peak_bytes"] <= report["planned_load_bytes"]
+    assert report["peak_bytes"] < budget_mb * MB
+    # What was read ahead is in the page cache, which is large here, and not in the process.
+    assert 0.97 * report["peak_bytes"] <= report["process_bytes"] <= 1.05 * report["peak_bytes"]
+
+
+def test_pair_larger_than_its_budget_sees_images_within_it(model: Path) -> None:
+    report = run(model, "300MB", image=True)
+    assert report["weights"] == "streamed"
+    assert report["tokens"] == [16, 16]
+    assert report["peak_bytes"] < 300 * MB
+    assert 0.97 * report["peak_bytes"] <= report["planned_bytes"]
+
+
+def test_model_that_fits_lies_still_within_its_budget(model: Path) -> None:
+    report = run(model, "600MB")
+    assert report["weights"] == "mapped"
+    assert report["peak_bytes"] < 600 * MB
+    assert 0.97 * report["peak_bytes"] <= report["process_bytes"] <= 1.05 * report["peak_bytes"]

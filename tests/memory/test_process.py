@@ -80,16 +80,21 @@ def run(model: Path, budget: str, *, image: bool = False) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("budget_mb", [320, 220])
-def test_text_model_larger_than_its_budget_streams_within_it(model: Path, budget_mb: int) -> None:
-    assert model.stat().st_size > budget_mb * MB
-    report = run(model, f"{budget_mb}MB")
+def test_text_model_larger_than_its_budget_streams_within_it(model: Path) -> None:
+    assert model.stat().st_size > 320 * MB
+    report = run(model, "320MB")
     assert report["weights"] == "streamed"
     assert report["tokens"] == [16]
     assert report["load_peak_bytes"] <= report["planned_load_bytes"]
-    assert report["peak_bytes"] < budget_mb * MB
+    assert report["peak_bytes"] < 320 * MB
     # What was read ahead is in the page cache, which is large here, and not in the process.
     assert 0.97 * report["peak_bytes"] <= report["process_bytes"] <= 1.05 * report["peak_bytes"]
+
+
+def test_text_model_of_twice_its_budget_streams_within_it(model: Path) -> None:
+    report = run(model, "200MB")
+    assert report["weights"] == "streamed"
+    assert report["peak_bytes"] < 200 * MB
 
 
 def test_pair_larger_than_its_budget_sees_images_within_it(model: Path) -> None:

@@ -2,7 +2,7 @@
 
 Three kinds of layer: *copied* ones lie in anonymous memory, which nothing takes away where there is
 no swap, and need no right to lock; *mapped* ones stay in the mapping while tokens are made and
-give way to the vision tower while an image is encoded; *streamed* ones are read two ahead of the
+give way to the vision tower while an image is encoded; *streamed* ones are read one ahead of the
 computation and dropped behind it. Linux and macOS; knows byte spans, not what is in them.
 """
 

@@ -6,7 +6,7 @@ Files are checked before llama.cpp sees them. The vision tower is loaded at the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from autoglm_gguf.config import ContextParams, SamplingParams
 from autoglm_gguf.devices import usable_cores
 from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
-from autoglm_gguf.engine.weights import load_weights, open_residency
+from autoglm_gguf.engine.weights import CacheScarcity, load_weights, open_residency
 from autoglm_gguf.errors import ImageError
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.describe import VisionLimits, describe_pair
@@ -23,7 +23,7 @@ from autoglm_gguf.memory.plan import MemoryPlan
 from autoglm_gguf.native.library import buffer_report
 from autoglm_gguf.native.llama import LlamaContext, SamplerChain
 from autoglm_gguf.native.mtmd import VisionTower
-from autoglm_gguf.native.pages import return_free_memory
+from autoglm_gguf.native.pages import forget_file, return_free_memory
 
 # Shown although some checkpoints mark them as control tokens: the client parses them.
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -75,6 +75,9 @@ class LlamaEngine:
                 n_outputs_max=n_outputs_max,
                 on_layer=self._residency.passed if self._residency and streams else None,
                 watched_layers=self._residency.watched_layers if self._residency else (),
+            )
+            self._cache_is_scarce: Callable[[], bool] = (
+                CacheScarcity(plan) if plan else lambda: False
             )
             undo.pop_all()
         self.device_bytes = sum(n for (name, _), n in buffers.items() if not name.startswith("CPU"))
@@ -150,13 +153,16 @@ class LlamaEngine:
     def _open_tower(self, mmproj: Path, limits: VisionLimits, n_tokens: int) -> VisionTower:
         # No tower of this family takes more: its position grid is stretched over the image.
         most = limits.max_pixels // (2 * limits.factor**2)
-        return VisionTower(
+        tower = VisionTower(
             mmproj,
             self._model,
             n_threads=self._n_threads,
             flash_attn=self._flash_attn,
             max_image_tokens=max(most, n_tokens),
         )
+        if self._tower_on_demand and self._cache_is_scarce():
+            forget_file(mmproj)  # it lies in memory now; its cached pages would push others out
+        return tower
 
     def _close_tower(self) -> None:
         if self._tower is not None:

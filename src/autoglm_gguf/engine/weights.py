@@ -60,7 +60,7 @@ def open_residency(header: Header, plan: MemoryPlan | None) -> Residency | None:
         streamed={layer: layer_span(header, layer) for layer in plan.places.streamed},
         yielding=[layer_span(header, layer) for layer in plan.places.yielding],
         scattered=_embedding_spans(header),
-        cache_is_scarce=_CacheScarcity(plan.streamed_bytes),
+        cache_is_scarce=CacheScarcity(plan),
     )
     if plan.weights == "streamed":
         residency.drop_all()
@@ -94,18 +94,26 @@ def _copied(header: Header, layers: frozenset[int]) -> dict[str, int]:
     return placed
 
 
-class _CacheScarcity:
-    """Whether the page cache can hold the streamed layers, asked again every few seconds."""
+class CacheScarcity:
+    """Whether the page cache is too small for all that is read from files again and again.
 
-    def __init__(self, streamed_bytes: int) -> None:
-        self._streamed_bytes = streamed_bytes
+    That is the text model's mapped weights and, where it is loaded for each image, the tower. Asked
+    anew every few seconds.
+
+    Args:
+        plan: How the pair is held.
+    """
+
+    def __init__(self, plan: MemoryPlan) -> None:
+        self._wanted_bytes = plan.cached_bytes
         self._asked = -_PROBE_SECONDS
         self._scarce = False
 
     def __call__(self) -> bool:
+        """Whether it is too small now."""
         now = time.monotonic()
         if now - self._asked >= _PROBE_SECONDS:
             memory = probe_memory()
-            self._scarce = memory is not None and memory.available_bytes < self._streamed_bytes
+            self._scarce = memory is not None and memory.available_bytes < self._wanted_bytes
             self._asked = now
         return self._scarce

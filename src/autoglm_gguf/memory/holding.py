@@ -113,6 +113,14 @@ class Holding:
             most = min(most, params.max_image_tokens)
         return min(most, params.n_ctx)
 
+    def cached_bytes(self, choice: Choice, places: Places) -> int:
+        """What is read from files again and again, and so should stay in the page cache."""
+        mapped = 0 if choice.weights == "repacked" else self.text.weights_bytes
+        if choice.weights == "streamed":
+            mapped -= self.layers_bytes(places.copied) + self._lasting_bytes
+        again = choice.tower_on_demand and self.tower is not None
+        return mapped + (self.tower.weights_bytes if again and self.tower else 0)
+
     def layers_bytes(self, layers: Sequence[int]) -> int:
         """Weights of some layers."""
         return sum(self.text.layer_bytes[layer] for layer in layers)

@@ -81,6 +81,9 @@ class MemoryPlan:
     """Choices made for the caller that are no levers, one sentence each."""
     streamed_bytes: int
     """Weights read for every batch, and so for every token, where the page cache holds none."""
+    cached_bytes: int
+    """What is read from files again and again: mapped weights, and a tower loaded for each image.
+    Where the page cache cannot hold them, they are dropped from it as soon as they were used."""
 
     @property
     def phase_bytes(self) -> dict[str, int]:
@@ -234,6 +237,7 @@ class _Planner:
             decisions=tuple(self._decide(choice, usable, {lever.name for lever in levers})),
             remarks=(),
             streamed_bytes=holding.layers_bytes(places.streamed),
+            cached_bytes=holding.cached_bytes(choice, places),
         )
 
     def _decide(self, choice: Choice, usable: int, pulled: set[str]) -> Iterator[Decision]:

@@ -22,6 +22,7 @@ IS_LINUX = sys.platform.startswith("linux")
 IS_MACOS = sys.platform == "darwin"
 SUPPORTED = IS_LINUX or IS_MACOS
 _PART_BYTES = 4 << 20
+_SAMPLE_BYTES = 512 << 10  # dropping a span may leave single pages of it behind
 _EDGE_BYTES = 16 << 20  # the system reads at most so far past a fault: two of its windows
 _local = threading.local()  # a read buffer for each thread
 _MADV_NORMAL, _MADV_RANDOM, _MADV_DONTNEED = 0, 1, 4  # the same numbers on Linux and macOS
@@ -110,6 +111,15 @@ def forget_cached(descriptor: int, start: int, end: int) -> None:
         os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
+def forget_file(path: Path) -> None:
+    """Let the page cache drop a file that no process maps (Linux only)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        forget_cached(descriptor, 0, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
 def read_exactly_what_is_asked(descriptor: int) -> None:
     """Switch the system's own read-ahead off for a descriptor (Linux only)."""
     if IS_LINUX:
@@ -157,11 +167,11 @@ def _buffer() -> memoryview:
 
 
 def _is_cached(descriptor: int, start: int, n_bytes: int) -> bool:
-    """Whether the first and last page of a part are in the page cache; False if unknown."""
+    """Whether pages all over a part are in the page cache; False if unknown."""
     if not IS_LINUX:
         return False
     page = bytearray(1)
-    for at in (start, start + n_bytes - 1):
+    for at in (*range(start, start + n_bytes, _SAMPLE_BYTES), start + n_bytes - 1):
         try:
             if os.preadv(descriptor, [page], at, os.RWF_NOWAIT) != 1:
                 return False

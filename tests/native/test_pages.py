@@ -94,6 +94,31 @@ def test_bytes_are_read_in_through_the_mapping(tmp_path: Path) -> None:
         assert mapped.is_cached(0, 64 << 20)
 
 
+def test_part_whose_edges_alone_are_cached_is_read_in(tmp_path: Path) -> None:
+    """Asking for a page without waiting may read it: two such pages are no sign of the rest."""
+    with open_mapped(tmp_path / "file", 8 << 20) as mapped:
+        mapped.forget()
+        pages.read_exactly_what_is_asked(mapped.descriptor)
+        for at in (0, (4 << 20) - PAGE, 4 << 20, (8 << 20) - PAGE):
+            os.pread(mapped.descriptor, 1, at)
+        assert not mapped.is_cached(PAGE, (4 << 20) - PAGE, any)
+        mapping = pages.find_mappings(mapped.path)[0]
+        pages.read_in(mapping, mapped.descriptor, 0, 8 << 20, lambda: False)
+        assert mapped.is_cached(0, 8 << 20)
+
+
+def test_part_that_is_cached_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    with open_mapped(tmp_path / "file", 8 << 20) as mapped:
+        mapped.touch()
+        mapping = pages.find_mappings(mapped.path)[0]
+        monkeypatch.setattr(os, "preadv", lambda *_: reads.append(1))
+        pages.read_in(mapping, mapped.descriptor, 0, 8 << 20, lambda: False)
+    assert reads == []
+
+
 def test_reading_in_ends_when_it_is_stopped(tmp_path: Path) -> None:
     with open_mapped(tmp_path / "file", 16 << 20) as mapped:
         mapped.forget()

@@ -169,6 +169,27 @@ def test_streamed_load_touches_one_tensor_beside_what_stays() -> None:
     assert by_name(wide)["weights"][0] == 30 * MB + 30 * MB
 
 
+@pytest.mark.parametrize(
+    ("weights", "changed", "places", "expected_mb"),
+    [
+        ("repacked", {}, Places(), 0),
+        ("repacked", {"tower_on_demand": True}, Places(), 40),
+        ("mapped", {}, Places(), 88),
+        ("mapped", {"tower_on_demand": True}, Places(yielding=(7,)), 88 + 40),
+        # Two layers and the output are copied.
+        ("streamed", {"tower_on_demand": True}, Places((0, 1), (2, 3)), 88 - 20 - 4 + 40),
+    ],
+)
+def test_what_is_read_from_files_again_and_again(
+    weights: str, changed: dict[str, Any], places: Places, expected_mb: int
+) -> None:
+    assert hold().cached_bytes(choose(weights, **changed), places) == expected_mb * MB
+
+
+def test_text_model_reads_no_tower_again() -> None:
+    assert hold(tower_bytes=0).cached_bytes(choose(tower_on_demand=True), Places()) == 88 * MB
+
+
 # --- kernels ---
 
 

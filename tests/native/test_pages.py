@@ -135,6 +135,14 @@ def test_cached_bytes_are_forgotten(tmp_path: Path) -> None:
         assert not mapped.is_cached(0, 1 << 20, any)
 
 
+def test_cached_file_is_forgotten(tmp_path: Path) -> None:
+    with open_mapped(tmp_path / "file", 1 << 20) as mapped:
+        mapped.forget()
+        os.pread(mapped.descriptor, 1 << 20, 0)
+        pages.forget_file(mapped.path)
+        assert not mapped.is_cached(0, 1 << 20, any)
+
+
 def test_scattered_reads_find_what_is_there(mapped: MappedFile) -> None:
     pages.expect_scattered_reads(pages.find_mappings(mapped.path)[0], 0, 64 * PAGE)
     assert mapped.touch() == mapped.path.read_bytes()[::PAGE]

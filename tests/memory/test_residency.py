@@ -141,7 +141,7 @@ def test_used_layer_leaves_the_page_cache_only_where_it_is_scarce(
     mapped.touch()
     with reside(mapped, streamed=(3,), yielding=(6,), scarce=scarce) as residency:
         residency.passed(3)
-        assert mapped.is_cached(*layer(3)) is not scarce
+        wait_until(lambda: mapped.is_cached(*layer(3)) is not scarce)
         residency.give_way()
         assert mapped.is_cached(*layer(6)) is not scarce
 

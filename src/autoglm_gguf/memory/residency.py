@@ -12,6 +12,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 
@@ -112,6 +113,8 @@ class Residency:
         self._wanted: list[int] = []
         self._ready: set[int] = set()
         self._reading: int | None = None
+        self._drops: dict[int, Future[None]] = {}
+        self._dropper = ThreadPoolExecutor(1, "drop")
         self._changed = threading.Condition()
         self._closed = False
         pages.read_exactly_what_is_asked(self._descriptor)
@@ -137,12 +140,10 @@ class Residency:
         more than it), and let the following one be read meanwhile.
         """
         if layer in self._streamed:
-            start, end = self._streamed[layer]
-            self._drop(start, end)
-            if self._cache_is_scarce():
-                pages.forget_cached(self._descriptor, start, end)
             with self._changed:
                 self._ready.discard(layer)
+                # Freeing a layer's pages takes as long as a sixth of its reading: done aside.
+                self._drops[layer] = self._dropper.submit(self._let_go, self._streamed[layer])
         self._enter(layer + 1)
 
     def _enter(self, layer: int) -> None:
@@ -164,10 +165,10 @@ class Residency:
             while self._reading is not None and not self._closed:
                 self._changed.wait()
             self._ready.clear()
-        for start, end in [*self._yielding, *self._streamed.values()]:
-            self._drop(start, end)
-            if self._cache_is_scarce():
-                pages.forget_cached(self._descriptor, start, end)
+            drops = list(self._drops.values())
+        wait(drops)
+        for span in [*self._yielding, *self._streamed.values()]:
+            self._let_go(span)
 
     def drop_all(self) -> None:
         """Drop every page of the file from this process, as after a load."""
@@ -183,7 +184,14 @@ class Residency:
             self._changed.notify_all()
         if self._reader.ident is not None:
             self._reader.join()
+        self._dropper.shutdown()
         os.close(self._descriptor)
+
+    def _let_go(self, span: Span) -> None:
+        """Drop a span from this process, and from the page cache where that is too small."""
+        self._drop(*span)
+        if self._cache_is_scarce():
+            pages.forget_cached(self._descriptor, *span)
 
     def _drop(self, start: int, end: int) -> None:
         for mapping in self._mappings:
@@ -203,6 +211,9 @@ class Residency:
                 if self._closed:
                     return
                 layer = self._reading = self._wanted.pop(0)
+                pending = self._drops.pop(layer, None)
+            if pending is not None:
+                wait([pending])  # or what is read now would be dropped
             start, end = self._streamed[layer]
             holding = [m for m in self._mappings if m.offset <= start < m.offset + m.n_bytes]
             mapping = holding[0] if holding else None

@@ -22,6 +22,7 @@ IS_LINUX = sys.platform.startswith("linux")
 IS_MACOS = sys.platform == "darwin"
 SUPPORTED = IS_LINUX or IS_MACOS
 _PART_BYTES = 4 << 20
+_REQUEST_BYTES = 1 << 20  # one request reads no more than the device's largest
 _EDGE_BYTES = 16 << 20  # the system reads at most so far past a fault: two of its windows
 _local = threading.local()  # a read buffer for each thread
 _MADV_NORMAL, _MADV_RANDOM, _MADV_DONTNEED = 0, 1, 4  # the same numbers on Linux and macOS
@@ -131,7 +132,7 @@ def read_in(
     """Read file bytes before they are used; parts that are in the page cache already cost nothing.
 
     The inner part is mapped page by page, which lets the system read far ahead with little work;
-    the edges are read exactly, so that its reading ahead ends within the span.
+    the edges are asked for exactly and beforehand, so that its reading ahead ends within the span.
 
     Args:
         mapping: Holds the span; None reads into the page cache only, and everything anew.
@@ -140,8 +141,12 @@ def read_in(
         end: Byte after the last.
         stopped: Asked between parts; True ends the reading.
     """
-    inner = (start + _EDGE_BYTES, end - _EDGE_BYTES)
+    inner = (start + _PART_BYTES, end - _EDGE_BYTES)
     asks = mapping if mapping is not None and _may_ask(descriptor) else None
+    if stopped():
+        return
+    _request(descriptor, start, min(inner[0], end))
+    _request(descriptor, max(start, inner[1]), end)
     for at in range(start, end, _PART_BYTES):
         if stopped():
             return
@@ -151,6 +156,14 @@ def read_in(
         is_inner = inner[0] <= at and last <= inner[1]
         if not (mapping is not None and is_inner and _populate(mapping, at, last)):
             os.preadv(descriptor, [_buffer()[: last - at]], at)
+
+
+def _request(descriptor: int, start: int, end: int) -> None:
+    """Let the system begin to read a span (Linux only); returns before it is there."""
+    if IS_LINUX:
+        for at in range(start, end, _REQUEST_BYTES):
+            n_bytes = min(_REQUEST_BYTES, end - at)
+            os.posix_fadvise(descriptor, at, n_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def _populate(mapping: Mapping, start: int, end: int) -> bool:

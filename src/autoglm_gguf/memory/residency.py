@@ -140,10 +140,15 @@ class Residency:
         more than it), and let the following one be read meanwhile.
         """
         if layer in self._streamed:
+            span = self._streamed[layer]
+            self._drop(*span)
             with self._changed:
                 self._ready.discard(layer)
-                # Freeing a layer's pages takes as long as a sixth of its reading: done aside.
-                self._drops[layer] = self._dropper.submit(self._let_go, self._streamed[layer])
+                if self._cache_is_scarce():
+                    # Freeing cached pages takes as long as a sixth of reading them: done aside.
+                    self._drops[layer] = self._dropper.submit(
+                        pages.forget_cached, self._descriptor, *span
+                    )
         self._enter(layer + 1)
 
     def _enter(self, layer: int) -> None:

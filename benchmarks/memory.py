@@ -210,10 +210,6 @@ def disk_bytes_per_second(path: Path) -> float:
     return path.stat().st_size / (time.perf_counter() - began)
 
 
-def warm(path: Path) -> None:
-    disk_bytes_per_second(path)
-
-
 # ---- commands
 
 
@@ -249,10 +245,10 @@ def combinations(out: Path) -> list[dict[str, Any]]:
         {**seen, "budget": "none", "context": {"n_ctx": 4096, "max_image_tokens": 512}},
         {**seen, "budget": "none", "context": {"n_ctx": 4096, "max_image_tokens": 1024}},
         {**seen, "budget": weights + 900_000_000, "context": {"max_image_tokens": 256}},
-        {**base, "budget": int(0.75 * weights) + 500_000_000, "context": {"n_ctx": 2048}},
+        {**base, "budget": int(0.6 * weights) + 150_000_000, "context": {"n_ctx": 2048}},
         {
             **seen,
-            "budget": int(0.6 * weights) + 900_000_000,
+            "budget": int(0.5 * weights) + 300_000_000,
             "context": {"n_ctx": 4096, "max_image_tokens": 256},
         },
     ]

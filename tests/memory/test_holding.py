@@ -66,9 +66,12 @@ def test_text_model_has_no_encode() -> None:
     assert set(hold(tower_bytes=0).phases(choose(), UNBOUNDED)) == {"load", "decode"}
 
 
-def test_repacked_weights_pass_through_a_buffer_at_load() -> None:
+def test_repacked_weights_take_no_more_at_load() -> None:
+    """The buffer for the largest tensor is gone before the last ones come: 381 MB were measured
+    where 379 are planned so, and 417 would be with the buffer on top (docs/benchmarks/memory.md).
+    """
     items = by_name(hold(output_bytes=6 * MB).items(choose("repacked"), UNBOUNDED))
-    assert items["weights"] == (96 * MB, 90 * MB, 90 * MB)
+    assert items["weights"] == (90 * MB, 90 * MB, 90 * MB)
 
 
 def test_floor_is_what_the_process_holds_already() -> None:

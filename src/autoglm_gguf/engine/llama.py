@@ -1,12 +1,13 @@
 """The real engine: a GGUF pair on llama.cpp.
 
-Files are checked before llama.cpp sees them. The vision tower is loaded at the first image.
+Files are checked before llama.cpp sees them. The vision tower is loaded at the first image, or for
+each image and freed after it, as the memory plan says.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
 from autoglm_gguf.engine.weights import CacheScarcity, load_weights, open_residency
 from autoglm_gguf.errors import ImageError
 from autoglm_gguf.gguf import names
-from autoglm_gguf.gguf.describe import VisionLimits, describe_pair
+from autoglm_gguf.gguf.describe import ModelDescription, VisionLimits, describe_pair
 from autoglm_gguf.memory.plan import MemoryPlan
 from autoglm_gguf.native.library import buffer_report
 from autoglm_gguf.native.llama import LlamaContext, SamplerChain
@@ -61,10 +62,11 @@ class LlamaEngine:
         self._flash_attn = params.flash_attn
         self._n_threads = params.n_threads or usable_cores()
         self._tower: VisionTower | None = None
+        self._cache_is_scarce = CacheScarcity(plan)
         with buffer_report() as buffers, contextlib.ExitStack() as undo:
             self._model = load_weights(described.text, params, plan)
             undo.callback(self._model.close)
-            self._residency = open_residency(described.text, plan)
+            self._residency = open_residency(described.text, plan, self._cache_is_scarce)
             if self._residency is not None:
                 undo.callback(self._residency.close)
             streams = self._residency is not None and bool(self._residency.watched_layers)
@@ -76,18 +78,22 @@ class LlamaEngine:
                 on_layer=self._residency.passed if self._residency and streams else None,
                 watched_layers=self._residency.watched_layers if self._residency else (),
             )
-            self._cache_is_scarce: Callable[[], bool] = (
-                CacheScarcity(plan) if plan else lambda: False
-            )
             undo.pop_all()
         self.device_bytes = sum(n for (name, _), n in buffers.items() if not name.startswith("CPU"))
         """Weights, KV cache and scratch on devices, as ggml reports them."""
+        tokens = described.text.metadata[names.TOKENS]
+        self._tag_ids = {i: t.encode() for i, t in enumerate(tokens) if t in _TAGS}
+        self._info = self._tell(described, params, plan)
+
+    def _tell(
+        self, described: ModelDescription, params: ContextParams, plan: MemoryPlan | None
+    ) -> EngineInfo:
+        text = described.text.path
         notes = [*described.notes, *(plan.notes if plan else ())]
         trained = self._model.n_ctx_train
         if params.n_ctx > trained:
             notes.append(f"n_ctx: {params.n_ctx} is beyond the {trained} the model was trained for")
         tokens = described.text.metadata[names.TOKENS]
-        self._tag_ids = {i: t.encode() for i, t in enumerate(tokens) if t in _TAGS}
         ends_with_tag = names.END_OF_ANSWER in {tokens[i] for i in described.stop_ids}
         vision = described.vision if self._model.uses_mrope else None
         if described.vision is not None and vision is None:
@@ -95,7 +101,7 @@ class LlamaEngine:
                 f"images: refused, since {text.name} has no rope.dimension_sections; convert the "
                 "checkpoint again with a newer converter"
             )
-        self._info = EngineInfo(
+        return EngineInfo(
             name=text.stem,
             n_ctx=params.n_ctx,
             n_vocab=self._model.n_vocab,

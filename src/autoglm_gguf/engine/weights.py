@@ -7,6 +7,7 @@ load that must stay small is watched.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from autoglm_gguf.config import ContextParams
 from autoglm_gguf.devices import probe_memory
@@ -51,7 +52,9 @@ def _mapped_span(header: Header, placement: Placement) -> tuple[int, int]:
     )
 
 
-def open_residency(header: Header, plan: MemoryPlan | None) -> Residency | None:
+def open_residency(
+    header: Header, plan: MemoryPlan | None, cache_is_scarce: Callable[[], bool]
+) -> Residency | None:
     """The page bookkeeping that a plan asks for; None if it asks for none."""
     if plan is None or not (plan.places.streamed or plan.places.yielding):
         return None
@@ -60,7 +63,7 @@ def open_residency(header: Header, plan: MemoryPlan | None) -> Residency | None:
         streamed={layer: layer_span(header, layer) for layer in plan.places.streamed},
         yielding=[layer_span(header, layer) for layer in plan.places.yielding],
         scattered=_embedding_spans(header),
-        cache_is_scarce=CacheScarcity(plan),
+        cache_is_scarce=cache_is_scarce,
     )
     if plan.weights == "streamed":
         residency.drop_all()
@@ -101,11 +104,11 @@ class CacheScarcity:
     anew every few seconds.
 
     Args:
-        plan: How the pair is held.
+        plan: How the pair is held; without one nothing is read again.
     """
 
-    def __init__(self, plan: MemoryPlan) -> None:
-        self._wanted_bytes = plan.cached_bytes
+    def __init__(self, plan: MemoryPlan | None) -> None:
+        self._wanted_bytes = 0 if plan is None else plan.cached_bytes
         self._asked = -_PROBE_SECONDS
         self._scarce = False
 

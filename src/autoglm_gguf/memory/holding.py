@@ -192,9 +192,9 @@ class Holding:
         text = self.text
         total = text.weights_bytes
         if choice.weights == "repacked":
-            staging = max(text.token_embd_bytes, text.output_bytes)
             why = "copied into the kernels' order"
-            return [Item("weights", total + staging, total, total, why)]
+            # A tensor is staged before it is copied, but llama.cpp takes the largest ones first.
+            return [Item("weights", total, total, total, why)]
         if choice.weights == "mapped":
             left = total - self.layers_bytes(places.yielding)
             return [Item("weights", total, left, total, "the file's own pages")]

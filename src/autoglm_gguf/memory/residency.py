@@ -145,7 +145,7 @@ class Residency:
             with self._changed:
                 self._ready.discard(layer)
                 if self._cache_is_scarce():
-                    # Freeing cached pages takes as long as a sixth of reading them: done aside.
+                    # Freeing cached pages takes time that the computation can use: done aside.
                     self._drops[layer] = self._dropper.submit(
                         pages.forget_cached, self._descriptor, *span
                     )

@@ -182,6 +182,18 @@ def list_devices() -> list[Device]:
     return found
 
 
+def cpu_registry() -> int:
+    """The CPU backend's ``ggml_backend_reg_t``."""
+    device = _lib().ggml_backend_dev_by_type(_DEVICE_TYPE_CPU)
+    return int(_lib().ggml_backend_dev_backend_reg(device))
+
+
+def find_in_cpu_backend(name: bytes) -> int | None:
+    """Address of a function that the CPU backend offers by name; None if it does not."""
+    address: int | None = _lib().ggml_backend_reg_get_proc_address(cpu_registry(), name)
+    return address
+
+
 def repack_buffer_type() -> int | None:
     """The CPU backend's buffer type for weights in kernel order; None where there is none.
 
@@ -189,8 +201,7 @@ def repack_buffer_type() -> int | None:
     """
     lib = _lib()
     device = lib.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU)
-    register = lib.ggml_backend_dev_backend_reg(device)
-    address = lib.ggml_backend_reg_get_proc_address(register, b"ggml_backend_dev_get_extra_bufts")
+    address = find_in_cpu_backend(b"ggml_backend_dev_get_extra_bufts")
     if not address:
         return None
     list_types = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)

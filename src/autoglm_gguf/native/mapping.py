@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from functools import cache
 
 from autoglm_gguf.errors import NativeLibraryError
-from autoglm_gguf.native.library import PINNED_VERSION, load_ggml
+from autoglm_gguf.native.ggml import cpu_registry, find_in_cpu_backend
+from autoglm_gguf.native.library import PINNED_VERSION
 
 _QUESTION = b"ggml_backend_cpu_is_numa"
-_DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
 _API_VERSION = 2  # GGML_BACKEND_API_VERSION
 _ANSWER = ctypes.CFUNCTYPE(ctypes.c_bool)
 _FIND = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
@@ -66,14 +66,9 @@ def without_populating() -> Iterator[None]:
 
 @cache
 def _entry() -> _Registry:
-    lib = load_ggml()
-    pointer = ctypes.c_void_p
-    lib.ggml_backend_dev_by_type.restype = lib.ggml_backend_dev_backend_reg.restype = pointer
-    lib.ggml_backend_reg_get_proc_address.restype = pointer
-    device = pointer(lib.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU))
-    registry = pointer(lib.ggml_backend_dev_backend_reg(device))
+    registry = cpu_registry()
     entry = ctypes.cast(registry, ctypes.POINTER(_Registry)).contents
-    told = lib.ggml_backend_reg_get_proc_address(registry, _QUESTION)
+    told = find_in_cpu_backend(_QUESTION)
     known = entry.api_version == _API_VERSION and told and entry.get_proc_address
     if not known or _FIND(entry.get_proc_address)(registry, _QUESTION) != told:
         raise NativeLibraryError(

@@ -23,7 +23,7 @@ IS_MACOS = sys.platform == "darwin"
 SUPPORTED = IS_LINUX or IS_MACOS
 _PART_BYTES = 4 << 20
 _REQUEST_BYTES = 1 << 20  # one request reads no more than the device's largest
-_EDGE_BYTES = 16 << 20  # the system reads at most so far past a fault: two of its windows
+_EDGE_BYTES = 16 << 20  # how far past a fault a system with 8 MB read-ahead windows reads: two
 _local = threading.local()  # a read buffer for each thread
 _MADV_NORMAL, _MADV_RANDOM, _MADV_DONTNEED = 0, 1, 4  # the same numbers on Linux and macOS
 _MADV_POPULATE_READ = 22  # Linux 5.14

@@ -22,6 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,9 +37,6 @@ GROUP = "autoglm-bench"
 
 def child_run(job: dict[str, Any]) -> dict[str, Any]:
     """Load a pair as planned, show it images, make tokens; what was planned and what was held."""
-    import numpy as np
-    from PIL import Image
-
     from autoglm_gguf.config import ContextParams, SamplingParams
     from autoglm_gguf.engine.llama import LlamaEngine
     from autoglm_gguf.gguf.describe import describe_pair
@@ -70,16 +68,15 @@ def child_run(job: dict[str, Any]) -> dict[str, Any]:
     n_prompt = job.get("prompt", 5)
     for at in range(0, n_prompt, engine.n_batch):
         engine.eval_tokens([1 + n % 500 for n in range(at, min(n_prompt, at + engine.n_batch))])
-    rng = np.random.default_rng(0)
     for number in range(job["images"]):
-        screen = Image.fromarray(rng.integers(0, 255, (SCREEN[1], SCREEN[0], 3), np.uint8))
         limits, most = engine.info.vision, engine.info.max_image_tokens
-        pixels = read_pixels(screen, limits, max_image_tokens=most)
+        pixels = read_pixels(job["screens"][number], limits, max_image_tokens=most)
         began = time.perf_counter()
         image = engine.encode_image(pixels.array, pixels.grid)
         report[f"encode_{number}_s"] = time.perf_counter() - began
         report["peaks"][f"encode_{number}"] = measure_memory().peak_bytes
         began = time.perf_counter()
+        del pixels
         engine.eval_image(image)
         report[f"eval_image_{number}_s"] = time.perf_counter() - began
         report["image_tokens"] = image.n_tokens
@@ -131,17 +128,30 @@ def run_child(job: dict[str, Any], group: Group | None = None) -> dict[str, Any]
         if group is not None:
             group.enter()
 
-    process = subprocess.run(
-        [sys.executable, __file__, "child", json.dumps(job)],
-        capture_output=True,
-        preexec_fn=enter,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        job["screens"] = [str(draw_screen(Path(folder), n)) for n in range(job["images"])]
+        process = subprocess.run(
+            [sys.executable, __file__, "child", json.dumps(job)],
+            capture_output=True,
+            preexec_fn=enter,
+            check=False,
+        )
     if process.returncode:
         killed = " (killed)" if process.returncode == -9 else ""
         return {"failed": f"exit {process.returncode}{killed}: {process.stderr.decode()[-300:]}"}
     report: dict[str, Any] = json.loads(process.stdout)
     return report
+
+
+def draw_screen(folder: Path, number: int) -> Path:
+    """A screenshot's file: 1080x2400, RGBA as phones write it, with something to see."""
+    from PIL import Image
+
+    rows, columns = Image.linear_gradient("L").resize(SCREEN), Image.radial_gradient("L")
+    bands = (rows, columns.resize(SCREEN), rows.rotate(180), Image.new("L", SCREEN, 255))
+    path = folder / f"screen-{number}.png"
+    Image.merge("RGBA", bands).rotate(180 * number).save(path)
+    return path
 
 
 class Group:

@@ -65,18 +65,21 @@ def read_pixels(
     width, height = fit_size(image.width, image.height, limits, max_image_tokens)
     from PIL import Image as PILImage
 
-    rgb = _to_rgb(image)
-    if rgb.size != (width, height):
-        rgb = rgb.resize((width, height), PILImage.Resampling.BICUBIC)
+    size = image.size
+    image = _to_rgb(image)  # of a screenshot, one copy at a time: each takes 10 MB
+    if size != (width, height):
+        image = image.resize((width, height), PILImage.Resampling.BICUBIC)
     grid = (width // limits.factor, height // limits.factor)
-    return Pixels(np.asarray(rgb, np.uint8), grid, image.size)
+    return Pixels(np.asarray(image, np.uint8), grid, size)
 
 
 def _to_rgb(image: Image) -> Image:
     """RGB; whatever is transparent shows white, as transformers composites it."""
     from PIL import Image as PILImage
 
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
+    is_opaque = image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255)
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    if transparent and not is_opaque:  # phones write opaque RGBA
         white = PILImage.new("RGBA", image.size, (255, 255, 255, 255))
         image = PILImage.alpha_composite(white, image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -43,7 +43,7 @@ def test_items_of_a_mapped_model_are_the_sums_made_by_hand() -> None:
     assert items["compute"] == (COMPUTE,) * 3
     assert items["weights"] == (88 * MB,) * 3
     assert items["tower"] == (0, 40 * MB, 40 * MB)
-    assert items["image"] == (0, 1080 * 2400 * 7 + 2 * IMAGE, IMAGE)
+    assert items["image"] == (0, 1080 * 2400 * 8 + 2 * IMAGE, IMAGE)
     assert items["encode"][0] == 0
     assert items["encode"][1] == items["encode"][2] > 3188 * 4 * 4 * 3 * (256 + 512)
 

@@ -146,6 +146,7 @@ class LlamaEngine:
                 f"{self._info.name}: takes no images",
                 hint="load the model together with its mmproj file",
             )
+        return_free_memory()  # what decoding the screenshot has left behind
         if self._tower is None:
             if self._residency is not None:
                 self._residency.give_way()

@@ -21,7 +21,7 @@ FLOOR_BYTES = 72_000_000
 """Python, numpy, Pillow and the libraries' pages: measured, Linux x86-64."""
 READ_AHEAD = "read_ahead"
 """The item for pages that are in the page cache but not yet in the process."""
-_SCREEN_BYTES = 1080 * 2400 * 7  # a decoded screenshot, RGBA and RGB
+_SCREEN_BYTES = 1080 * 2400 * 8  # a decoded screenshot, RGBA and RGB: Pillow's pixels take 4 bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,13 @@ class ContextParams:
     n_ctx: int = 4096
     """KV cells: text tokens plus image tokens, prompt plus answer."""
     n_gpu_layers: int = 0
-    """Layers placed on the GPU, the last ones first; -1 means all."""
+    """Layers placed on the GPU, the last ones first, the output counted as one; -1 means all."""
+    device: str | None = None
+    """The GPU, or several with commas, by ggml's names; None takes what is best."""
+    offload_kqv: bool = True
+    """The KV cache of layers on the GPU lies there too."""
+    mmproj_offload: bool | None = None
+    """The vision tower runs on the GPU; None leaves it off Vulkan, where it is not trusted."""
     n_threads: int | None = None
     """Compute threads; None takes the number of usable cores."""
     n_batch: int = 512
@@ -37,8 +43,13 @@ class ContextParams:
 
     def __post_init__(self) -> None:
         _check_ints(self, "n_ctx", "n_gpu_layers", "n_threads", "n_batch", "max_image_tokens")
-        if not isinstance(self.flash_attn, bool):
-            raise TypeError(f"flash_attn {self.flash_attn!r}: not True or False")
+        for name, flag in (("flash_attn", self.flash_attn), ("offload_kqv", self.offload_kqv)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} {flag!r}: not True or False")
+        if not (self.mmproj_offload is None or isinstance(self.mmproj_offload, bool)):
+            raise TypeError(f"mmproj_offload {self.mmproj_offload!r}: not True, False or None")
+        if not (self.device is None or isinstance(self.device, str)):
+            raise TypeError(f"device {self.device!r}: not a name")
         if not 8 <= self.n_ctx <= 2**20:
             raise ValueError(f"n_ctx {self.n_ctx}: not in 8..{2**20}")
         if not -1 <= self.n_gpu_layers <= 10_000:

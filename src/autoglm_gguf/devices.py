@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autoglm_gguf.native.ggml import Device
 
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS = Path("/proc/self/cgroup")
@@ -42,6 +48,47 @@ def probe_memory() -> MachineMemory | None:
     if machine is None or group is None:
         return machine
     return min((machine, group), key=lambda memory: memory.available_bytes)
+
+
+@cache
+def probe_devices() -> tuple[Device, ...]:
+    """Every device that the installed ggml can drive, the CPU included.
+
+    Free memory is as it was when this was first asked: drivers count what this process takes.
+
+    Raises:
+        NativeLibraryError: llama-cpp-python is missing or not the pinned version.
+    """
+    from autoglm_gguf.native.ggml import list_devices
+
+    return tuple(list_devices())
+
+
+def choose_devices(found: Sequence[Device], wanted: str | None = None) -> tuple[Device, ...]:
+    """The GPUs that layers go to; empty where there is none.
+
+    Args:
+        found: As `probe_devices` gives them.
+        wanted: A name, or several with commas; None takes the discrete GPUs of the first backend
+            that has one, else its first integrated one. Drivers that compute on the CPU are taken
+            only by name.
+
+    Raises:
+        ValueError: A name that is not there, or is no GPU.
+    """
+    if wanted is not None:
+        return tuple(_named(found, name.strip()) for name in wanted.split(","))
+    real = [device for device in found if device.is_gpu and not device.is_software]
+    discrete = [device for device in real if device.kind == "gpu"]
+    return tuple(d for d in discrete if d.backend == discrete[0].backend) or tuple(real[:1])
+
+
+def _named(found: Sequence[Device], name: str) -> Device:
+    for device in found:
+        if device.name.lower() == name.lower() and device.is_gpu:
+            return device
+    gpus = ", ".join(device.name for device in found if device.is_gpu) or "no GPU"
+    raise ValueError(f"device {name!r}: not found (found {gpus}); autoglm-gguf doctor tells why")
 
 
 def _linux_memory() -> MachineMemory | None:

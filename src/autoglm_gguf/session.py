@@ -109,7 +109,8 @@ class AutoGLM:
                 server does (image, line break, text).
             **context: Fields of `ContextParams`: n_ctx, n_gpu_layers, n_threads, type_k, type_v,
                 flash_attn, n_batch, max_image_tokens. What is given is kept, the rest may be made
-                smaller to stay within the budget. ``n_gpu_layers="auto"`` means 0 for now.
+                smaller to stay within the budget. ``n_gpu_layers="auto"``, the default, puts as
+                many layers on a GPU as fit.
 
         Raises:
             ValueError, TypeError: An argument out of range or unknown.
@@ -142,6 +143,13 @@ class AutoGLM:
         if usage is None:
             return None
         device_bytes = self._engine.device_bytes  # as long as the model is loaded
+        plan = self.info.plan
+        if device_bytes and plan is not None and plan.devices_count_in_process:
+            return replace(
+                usage,
+                anonymous_bytes=max(0, usage.anonymous_bytes - device_bytes),
+                device_bytes=device_bytes,
+            )
         peak_bytes = usage.peak_bytes + device_bytes
         return replace(usage, device_bytes=device_bytes, peak_bytes=peak_bytes)
 

@@ -143,10 +143,11 @@ def test_greedy_answers_are_equal(pairs: Callable[[str], Pair]) -> None:
 
 def test_plan_is_told_by_the_engine(pairs: Callable[[str], Pair]) -> None:
     pair = pairs("f16")
-    plan = planned(pair, weights="streamed", places=PLACES["one kept"], remarks=("so: it is",))
+    decided = (Decision("n_gpu_layers", 0, "so it is"),)
+    plan = planned(pair, weights="streamed", places=PLACES["one kept"], decisions=decided)
     model = engine(pair, plan)
     assert model.info.plan is plan
-    assert "so: it is" in model.info.notes
+    assert "n_gpu_layers: 0 (so it is)" in model.info.notes
     assert model.info.n_ctx == model.info.plan.context.n_ctx == 512
     assert model.device_bytes == 0
     model.close()

@@ -30,6 +30,7 @@ PUBLISHED = TextShape(
     token_embd_bytes=349_000_000,
     output_bytes=349_000_000,
     other_bytes=16_384,
+    norm_bytes=16_384,
 )
 PUBLISHED_TOWER = TowerShape(
     weights_bytes=1_030_000_000,

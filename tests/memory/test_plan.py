@@ -172,10 +172,6 @@ def test_quantised_cache_is_not_chosen_without_flash_attention() -> None:
     assert all(p.context.type_v == "f16" for p in plans("small", flash_attn=False))
 
 
-def test_layers_on_a_gpu_are_not_streamed() -> None:
-    assert all(p.weights != "streamed" for p in plans("deep", n_gpu_layers=4))
-
-
 def test_weights_that_cannot_be_paged_neither_stream_nor_give_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -214,13 +210,6 @@ def test_n_ctx_that_was_not_given_may_become_smaller() -> None:
     assert min(p.context.n_ctx for p in plans("small")) == 2048
 
 
-def test_auto_gpu_layers_mean_none_for_now_and_it_is_said(random_pair: tuple[Path, Path]) -> None:
-    found = plan_memory(random_pair[0], n_gpu_layers="auto")
-    assert found.context.n_gpu_layers == 0
-    assert [note for note in found.notes if note.startswith("n_gpu_layers: auto means 0")]
-    assert plan_memory(random_pair[0], n_gpu_layers=0).remarks == ()
-
-
 # --- what is told ---
 
 
@@ -242,7 +231,7 @@ def test_decisions_name_every_size_and_place() -> None:
         "n_batch": (512, "default"),
         "type_k": ("f16", "default"),
         "type_v": ("f16", "default"),
-        "n_gpu_layers": (0, "default"),
+        "n_gpu_layers": (0, "auto: no GPU"),
         "max_image_tokens": (1024, "n_ctx"),
         "tower": ("resident", "resident from the first image"),
         "weights": ("mapped", "the file's own pages"),

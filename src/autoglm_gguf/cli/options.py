@@ -9,7 +9,7 @@ from typing import Any
 from autoglm_gguf.cli import output
 from autoglm_gguf.config import CACHE_TYPES, CONTENT_FORMATS, ContextParams, SamplingParams
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET
-from autoglm_gguf.memory.plan import AUTO
+from autoglm_gguf.memory.offload import ALL, AUTO
 from autoglm_gguf.session import AutoGLM
 
 
@@ -51,8 +51,9 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         "--n-gpu-layers",
         type=_gpu_layers,
         metavar="N",
-        help="layers on the GPU; -1 means all, auto means none for now (default: 0)",
+        help="layers on the GPU: a number, all, or auto: as many as fit (default: auto)",
     )
+    add("--device", metavar="NAME", help="the GPU, as doctor lists it (default: the best)")
     add("--type-k", choices=CACHE_TYPES, help=f"K cache type (default: {default.type_k})")
     add("--type-v", choices=CACHE_TYPES, help=f"V cache type (default: {default.type_v})")
     add(
@@ -64,12 +65,12 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _gpu_layers(text: str) -> int | str:
-    if text == AUTO:
+    if text in (AUTO, ALL):
         return text
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: neither a number nor auto") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: neither a number nor auto nor all") from None
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
@@ -97,7 +98,7 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def memory_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The memory options as keyword arguments of `plan_memory`: only the sizes that were given."""
-    keys = ("n_ctx", "n_batch", "n_gpu_layers", "type_k", "type_v", "max_image_tokens")
+    keys = ("n_ctx", "n_batch", "n_gpu_layers", "device", "type_k", "type_v", "max_image_tokens")
     chosen = {key: getattr(arguments, key) for key in keys}
     given = {key: value for key, value in chosen.items() if value is not None}
     return {"memory_budget": arguments.memory_budget, **given}

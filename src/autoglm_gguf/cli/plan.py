@@ -44,6 +44,7 @@ def plan_as_json(plan: MemoryPlan) -> dict[str, Any]:
         "phase_bytes": plan.phase_bytes,
         "peak_bytes": plan.peak_bytes,
         "process_bytes": plan.process_bytes,
+        "device_bytes": plan.device_bytes,
         "notes": list(plan.notes),
     }
     return {**asdict(plan), **derived}

@@ -59,6 +59,7 @@ class LlamaEngine:
         params = params if plan is None else plan.context
         self._mmproj = mmproj
         self._tower_on_demand = plan is not None and plan.tower == "on_demand"
+        self._tower_device = plan.devices[0] if plan and plan.tower_on_device else None
         self._flash_attn = params.flash_attn
         self._n_threads = params.n_threads or usable_cores()
         self._tower: VisionTower | None = None
@@ -79,8 +80,9 @@ class LlamaEngine:
                 watched_layers=self._residency.watched_layers if self._residency else (),
             )
             undo.pop_all()
-        self.device_bytes = sum(n for (name, _), n in buffers.items() if not name.startswith("CPU"))
-        """Weights, KV cache and scratch on devices, as ggml reports them."""
+        devices = () if plan is None else plan.devices
+        self.device_bytes = sum(n for (name, _), n in buffers.items() if name.startswith(devices))
+        """Weights, KV cache and scratch on GPUs, as ggml reports them."""
         tokens = described.text.metadata[names.TOKENS]
         self._tag_ids = {i: t.encode() for i, t in enumerate(tokens) if t in _TAGS}
         self._info = self._tell(described, params, plan)
@@ -166,6 +168,7 @@ class LlamaEngine:
             n_threads=self._n_threads,
             flash_attn=self._flash_attn,
             max_image_tokens=max(most, n_tokens),
+            device=self._tower_device,
         )
         if self._tower_on_demand and self._cache_is_scarce():
             forget_file(mmproj)  # it lies in memory now; its cached pages would push others out

@@ -32,12 +32,14 @@ def load_weights(header: Header, params: ContextParams, plan: MemoryPlan | None)
     elif plan.weights == "mapped":
         placement = Placement()
     else:
-        placement = Placement(copied=_copied(header, frozenset(plan.places.copied)))
-    watched = plan is not None and plan.weights == "streamed"
+        placement = Placement(copied=_copied(header, plan))
+    passes_through = plan is not None and plan.weights != "repacked" and bool(plan.devices)
+    watched = plan is not None and (plan.weights == "streamed" or passes_through)
     with LoadWatch(header.path, _mapped_span(header, placement), enabled=watched) as watch:
         return LlamaModel(
             header.path,
             n_gpu_layers=params.n_gpu_layers,
+            devices=() if plan is None else plan.devices,
             placement=placement,
             on_tensor=watch.look,
         )
@@ -78,15 +80,18 @@ def _embedding_spans(header: Header) -> list[tuple[int, int]]:
     return [(tensor.offset, tensor.offset + tensor.n_bytes)]
 
 
-def _copied(header: Header, layers: frozenset[int]) -> dict[str, int]:
+def _copied(header: Header, plan: MemoryPlan) -> dict[str, int]:
     """What stays, each tensor with the buffer type whose kernels are the fastest for it.
 
     Vectors stay in every layer: a few kilobytes each, but where they were left in the mapping, one
     fault on them made the system read megabytes around them.
     """
     repack, host = repack_buffer_type(), host_buffer_type()
+    layers, away = frozenset(plan.places.copied), _on_devices(header, plan.context)
     placed: dict[str, int] = {}
     for tensor in header.tensors.values():
+        if tensor.name in away:
+            continue
         if len(tensor.shape) == 1:
             placed[tensor.name] = host
             continue
@@ -95,6 +100,19 @@ def _copied(header: Header, layers: frozenset[int]) -> dict[str, int]:
         fast = repack is not None and can_repack(tensor.ggml_type, *tensor.shape)
         placed[tensor.name] = repack if fast and repack is not None else host
     return placed
+
+
+def _on_devices(header: Header, params: ContextParams) -> frozenset[str]:
+    """Names of the tensors that llama.cpp puts on GPUs: the output, then the last layers."""
+    if params.n_gpu_layers == 0:
+        return frozenset()
+    first = (header.get_int("{arch}.block_count") or 0) - (params.n_gpu_layers - 1)
+    ends = ("output.weight", "output_norm.weight")
+    return frozenset(
+        tensor.name
+        for tensor in header.tensors.values()
+        if tensor.name in ends or (layer_of(tensor.name) or -1) >= max(0, first)
+    )
 
 
 class CacheScarcity:

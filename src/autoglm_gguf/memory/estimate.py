@@ -52,6 +52,8 @@ class TextShape:
     """0 where the token embedding is used twice."""
     other_bytes: int
     """Norms and whatever belongs to no layer."""
+    norm_bytes: int
+    """Of these, the norm before the output, which lies where the output does."""
 
     @property
     def weights_bytes(self) -> int:
@@ -100,6 +102,7 @@ def text_shape(header: Header) -> TextShape:
             loose[tensor.name] += tensor.n_bytes
         else:
             other += tensor.n_bytes
+    norm = header.tensors.get("output_norm.weight")
     merges = header.metadata.get(names.MERGES)
     return TextShape(
         n_layers=n_layers,
@@ -114,6 +117,7 @@ def text_shape(header: Header) -> TextShape:
         token_embd_bytes=loose["token_embd.weight"],
         output_bytes=loose["output.weight"],
         other_bytes=other,
+        norm_bytes=norm.n_bytes if norm else 0,
     )
 
 
@@ -184,6 +188,21 @@ def graph_bytes(shape: TextShape, params: ContextParams, *, n_outputs: int = 1) 
     logits = n_outputs * _F32 * (shape.n_vocab + 2 * shape.n_embd)
     mask = n_batch * cells * (_F16 if params.flash_attn else _F32)
     return max(feed_forward, attention, logits) + mask
+
+
+def input_bytes(shape: TextShape, params: ContextParams) -> int:
+    """llama.cpp's compute buffer on the CPU where all layers are on a GPU.
+
+    The looked up embeddings, the attention mask, positions and indices.
+    """
+    n_batch = min(params.n_batch, params.n_ctx)
+    mask = n_batch * _cells(params.n_ctx) * (_F16 if params.flash_attn else _F32)
+    return n_batch * (shape.n_embd * _F32 + 32) + mask
+
+
+def device_graph_bytes(shape: TextShape, params: ContextParams, *, n_outputs: int = 1) -> int:
+    """llama.cpp's compute buffer on a GPU."""
+    return graph_bytes(shape, params, n_outputs=n_outputs)
 
 
 def work_bytes(shape: TextShape, params: ContextParams) -> int:

@@ -14,13 +14,14 @@ from autoglm_gguf.gguf.describe import ModelDescription
 from autoglm_gguf.memory import estimate
 from autoglm_gguf.memory.estimate import TextShape, TowerShape
 from autoglm_gguf.memory.residency import LAYERS_AHEAD
-from autoglm_gguf.native.ggml import can_repack
+from autoglm_gguf.native.ggml import Device, can_repack
 
 Weights: TypeAlias = Literal["repacked", "mapped", "streamed"]
 FLOOR_BYTES = 72_000_000
 """Python, numpy, Pillow and the libraries' pages: measured, Linux x86-64."""
 READ_AHEAD = "read_ahead"
 """The item for pages that are in the page cache but not yet in the process."""
+_VULKAN = "Vulkan"  # ggml-vulkan's registry name
 _SCREEN_BYTES = 1080 * 2400 * 8  # a decoded screenshot, RGBA and RGB: Pillow's pixels take 4 bytes
 
 
@@ -33,6 +34,8 @@ class Item:
     encode_bytes: int
     decode_bytes: int
     reason: str
+    on_device: bool = False
+    """In a GPU's buffers, which may be the machine's main memory too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +72,23 @@ class Holding:
     Args:
         described: The pair.
         floor_bytes: What the process holds without the model.
+        devices: The GPUs that layers may go to.
     """
 
-    def __init__(self, described: ModelDescription, floor_bytes: int) -> None:
+    def __init__(
+        self,
+        described: ModelDescription,
+        floor_bytes: int,
+        devices: Sequence[Device] = (),
+    ) -> None:
         self.text: TextShape = estimate.text_shape(described.text)
         tower = described.mmproj
         self.tower: TowerShape | None = None if tower is None else estimate.tower_shape(tower)
         self.repacks = _repacks(described)
         """Most of the layers' weights have faster kernels in another order on this CPU."""
+        self.devices = tuple(devices)
         self._limits = described.vision
         self._floor_bytes = floor_bytes
-        # Read for every token, and in no layer.
-        tied = 0 if self.text.output_bytes else self.text.token_embd_bytes
-        self._lasting_bytes = self.text.output_bytes + self.text.other_bytes + tied
         # While a tensor is copied, its pages are in the mapping too.
         self._touched_bytes = max(self.text.output_bytes, *self.text.layer_bytes)
 
@@ -113,11 +120,38 @@ class Holding:
             most = min(most, params.max_image_tokens)
         return min(most, params.n_ctx)
 
+    def n_on_device(self, params: ContextParams) -> int:
+        """Layers on the GPU, the last ones; the output, which goes first, is not one of them."""
+        return max(0, params.n_gpu_layers - 1)
+
+    def tower_on_device(self, params: ContextParams) -> bool:
+        """Whether the vision tower runs on the GPU."""
+        if params.n_gpu_layers == 0 or params.mmproj_offload is not None:
+            return params.n_gpu_layers > 0 and bool(params.mmproj_offload)
+        return all(device.backend != _VULKAN for device in self.devices)
+
+    def device_weights_bytes(self, params: ContextParams) -> int:
+        """Text weights in GPU buffers."""
+        text, first = self.text, self.text.n_layers - self.n_on_device(params)
+        if params.n_gpu_layers == 0:
+            return 0
+        # The output matrix: a second copy of the embedding where the model has only that.
+        output = text.output_bytes or text.token_embd_bytes
+        return output + text.norm_bytes + self.layers_bytes(range(first, text.n_layers))
+
+    def host_weights_bytes(self, params: ContextParams) -> int:
+        """Text weights in main memory; the token embedding always is."""
+        if params.n_gpu_layers == 0:
+            return self.text.weights_bytes
+        first = self.text.n_layers - self.n_on_device(params)
+        rest = self.text.other_bytes - self.text.norm_bytes
+        return self.text.token_embd_bytes + rest + self.layers_bytes(range(first))
+
     def cached_bytes(self, choice: Choice, places: Places) -> int:
         """What is read from files again and again, and so should stay in the page cache."""
-        mapped = 0 if choice.weights == "repacked" else self.text.weights_bytes
+        mapped = 0 if choice.weights == "repacked" else self.host_weights_bytes(choice.params)
         if choice.weights == "streamed":
-            mapped -= self.layers_bytes(places.copied) + self._lasting_bytes
+            mapped -= self.layers_bytes(places.copied) + self._lasting(choice.params)
         again = choice.tower_on_demand and self.tower is not None
         return mapped + (self.tower.weights_bytes if again and self.tower else 0)
 
@@ -132,9 +166,9 @@ class Holding:
         if not choice.gives_way:
             return Places()
         others = sum_phases([*self._base(choice), *self._vision(choice)])
-        excess = self.text.weights_bytes + others["encode"] - usable
+        excess = self.host_weights_bytes(choice.params) + others["encode"] - usable
         yielding: list[int] = []
-        for layer in reversed(range(self.text.n_layers)):
+        for layer in reversed(range(self.text.n_layers - self.n_on_device(choice.params))):
             if excess <= 0:
                 break
             yielding.insert(0, layer)
@@ -142,36 +176,49 @@ class Holding:
         return Places(yielding=tuple(yielding))
 
     def _streamed_places(self, choice: Choice, usable: int) -> Places:
-        text, lasting = self.text, self._lasting_bytes
+        text, lasting = self.text, self._lasting(choice.params)
+        n_layers = text.n_layers - self.n_on_device(choice.params)
         others = sum_phases([*self._base(choice), *self._vision(choice)])
         largest = max(1, *text.layer_bytes)
-        window = min(text.n_layers, LAYERS_AHEAD + 1) * largest
+        window = min(n_layers, LAYERS_AHEAD + 1) * largest
         n_kept = (usable - others["decode"] - lasting - window) // largest
-        n_kept = max(0, min(text.n_layers - 1, n_kept))
+        n_kept = max(0, min(n_layers - 1, n_kept))
         # What is copied stays through the load and through every image.
         tightest = max(others["load"] + self._touched_bytes, others["encode"])
         n_copied = max(0, min(n_kept, (usable - tightest - lasting) // largest))
-        streamed = _spread(text.n_layers, text.n_layers - n_kept)
-        kept = [layer for layer in range(text.n_layers) if layer not in streamed]
+        streamed = _spread(n_layers, n_layers - n_kept)
+        kept = [layer for layer in range(n_layers) if layer not in streamed]
         return Places(tuple(kept[:n_copied]), streamed, tuple(kept[n_copied:]))
 
     def _base(self, choice: Choice) -> list[Item]:
         """What is held in every phase, whatever is chosen for the weights."""
         text, params = self.text, choice.params
-        compute = estimate.graph_bytes(text, params) + estimate.work_bytes(text, params)
+        n_away = self.n_on_device(params)
+        work = estimate.work_bytes(text, params) if n_away < text.n_layers else 0
+        compute = estimate.graph_bytes(text, params)
+        if n_away == text.n_layers:
+            compute = estimate.input_bytes(text, params)
         kv_cache = estimate.kv_cache_bytes(text, params.n_ctx, params.type_k, params.type_v)
-        types = "/".join(dict.fromkeys((params.type_k, params.type_v)))
-        always = (
+        kv_away = kv_cache * n_away // text.n_layers if params.offload_kqv else 0
+        cells = f"{params.n_ctx} cells, "
+        cells += "/".join(dict.fromkeys((params.type_k, params.type_v)))
+        batch = f"{min(params.n_batch, params.n_ctx)} tokens a batch"
+        own = (
             ("process", self._floor_bytes, "Python and libraries"),
             ("vocabulary", estimate.vocabulary_bytes(text), f"{text.n_vocab} tokens"),
-            ("kv_cache", kv_cache, f"{params.n_ctx} cells, {types}"),
-            (
-                "compute",
-                compute + estimate.output_bytes(text),
-                f"{min(params.n_batch, params.n_ctx)} tokens a batch",
-            ),
+            ("kv_cache", kv_cache - kv_away, cells),
+            ("compute", compute + work + estimate.output_bytes(text), batch),
         )
-        return [Item(name, n, n, n, reason) for name, n, reason in always]
+        items = [Item(name, n, n, n, reason) for name, n, reason in own]
+        if params.n_gpu_layers:
+            where = "on " + ", ".join(device.name for device in self.devices)
+            away = (
+                ("gpu_weights", self.device_weights_bytes(params), f"{_layers(n_away)} {where}"),
+                ("gpu_kv_cache", kv_away, f"of these layers, {where}"),
+                ("gpu_compute", estimate.device_graph_bytes(text, params), f"{batch}, {where}"),
+            )
+            items += [Item(name, n, n, n, reason, on_device=True) for name, n, reason in away]
+        return items
 
     def _vision(self, choice: Choice) -> list[Item]:
         if self.tower is None:
@@ -182,15 +229,16 @@ class Holding:
         weights = self.tower.weights_bytes
         stays = 0 if choice.tower_on_demand else 1
         how = "loaded for each image" if choice.tower_on_demand else "resident from the first image"
+        most, away = f"{n_tokens} image tokens at most", self.tower_on_device(choice.params)
         return [
-            Item("tower", 0, weights, stays * weights, how),
-            Item("encode", 0, scratch, stays * scratch, f"{n_tokens} image tokens at most"),
+            Item("tower", 0, weights, stays * weights, how, on_device=away),
+            Item("encode", 0, scratch, stays * scratch, most, on_device=away),
             Item("image", 0, _SCREEN_BYTES + 2 * image, image, "pixels and embeddings"),
         ]
 
     def _weights(self, choice: Choice, places: Places) -> list[Item]:
         text = self.text
-        total = text.weights_bytes
+        total = self.host_weights_bytes(choice.params)
         if choice.weights == "repacked":
             why = "copied into the kernels' order"
             # A tensor is staged before it is copied, but llama.cpp takes the largest ones first.
@@ -198,7 +246,7 @@ class Holding:
         if choice.weights == "mapped":
             left = total - self.layers_bytes(places.yielding)
             return [Item("weights", total, left, total, "the file's own pages")]
-        kept = self.layers_bytes(places.copied) + self._lasting_bytes
+        kept = self.layers_bytes(places.copied) + self._lasting(choice.params)
         largest = max(text.layer_bytes)
         ahead = min(len(places.streamed) - 1, LAYERS_AHEAD) * largest
         counts = (
@@ -212,6 +260,17 @@ class Holding:
             Item(READ_AHEAD, 0, 0, ahead, "in the page cache, before it is used"),
         ]
 
+    def _lasting(self, params: ContextParams) -> int:
+        """Read for every token on the CPU, and in no layer."""
+        text = self.text
+        if params.n_gpu_layers:
+            return text.other_bytes - text.norm_bytes
+        return (
+            text.output_bytes
+            + text.other_bytes
+            + (0 if text.output_bytes else text.token_embd_bytes)
+        )
+
 
 def sum_phases(items: Sequence[Item]) -> dict[str, int]:
     """Bytes of all items in each phase."""
@@ -220,6 +279,10 @@ def sum_phases(items: Sequence[Item]) -> dict[str, int]:
         "encode": sum(item.encode_bytes for item in items),
         "decode": sum(item.decode_bytes for item in items),
     }
+
+
+def _layers(n: int) -> str:
+    return "the output" if n == 0 else f"the last {n} layers and the output"
 
 
 def _spread(n_layers: int, n_chosen: int) -> tuple[int, ...]:

@@ -52,11 +52,17 @@ class Search:
     """
 
     def __init__(self, holding: Holding, params: ContextParams, fixed: frozenset[str]) -> None:
-        self._holding, self._fixed = holding, fixed
+        self.holding, self._fixed = holding, fixed
         weights: Weights = "repacked" if holding.repacks else "mapped"
+        """What choices cost."""
         self.first = Choice(params, weights, holding.tower is None, gives_way=False)
         """The choice without any lever."""
         self._found: dict[int, Choice | None] = {}
+
+    def with_layers(self, n_gpu_layers: int) -> Search:
+        """The same search with so many layers on the GPU."""
+        params = replace(self.first.params, n_gpu_layers=n_gpu_layers)
+        return Search(self.holding, params, self._fixed)
 
     def find(self, budget_bytes: int) -> Choice | None:
         """The mildest choice that fits; None if none does."""
@@ -73,7 +79,7 @@ class Search:
                 without any lever must be.
         """
         low = above_bytes // MEGABYTE
-        high = -(-budget_for(self._holding.peak(self.first, UNBOUNDED)) // MEGABYTE)
+        high = -(-budget_for(self.holding.peak(self.first, UNBOUNDED)) // MEGABYTE)
         while high - low > 1:
             middle = (low + high) // 2
             choice = self.find(middle * MEGABYTE)
@@ -84,19 +90,19 @@ class Search:
         return high * MEGABYTE
 
     def _find(self, usable: int) -> Choice | None:
-        choice, peak = self.first, self._holding.peak(self.first, usable)
+        choice, peak = self.first, self.holding.peak(self.first, usable)
         for change in self._levers():
             if peak <= usable:
                 break
             following = change(choice)
-            needs = self._holding.peak(following, usable)
+            needs = self.holding.peak(following, usable)
             if needs <= peak:  # what helps only later, beside another lever, is pulled too
                 choice, peak = following, needs
         return self._release(choice, usable) if peak <= usable else None
 
     def _levers(self) -> Iterator[_Change]:
         """Changes, mildest first."""
-        params, fixed, holding = self.first.params, self._fixed, self._holding
+        params, fixed, holding = self.first.params, self._fixed, self.holding
         if "n_batch" not in fixed:
             yield from (_setting(n_batch=n) for n in _BATCHES if n < params.n_batch)
         if holding.tower is not None:
@@ -105,7 +111,7 @@ class Search:
             yield _setting(type_k=_SMALL_CACHE, type_v=_SMALL_CACHE)
         if self.first.weights == "repacked":
             yield lambda c: replace(c, weights="mapped")
-        if holding.tower is not None and pages.SUPPORTED:
+        if holding.tower is not None and pages.SUPPORTED and not self._maps_away(params):
             yield lambda c: replace(c, weights="mapped", gives_way=True)
         if holding.tower is not None and "max_image_tokens" not in fixed:
             most = holding.image_tokens(params)
@@ -113,19 +119,23 @@ class Search:
         if "n_ctx" not in fixed:
             least = (params.max_image_tokens or 0) + _ROOM_FOR_WORDS
             yield from (_setting(n_ctx=n) for n in _SMALLER_N_CTX if least <= n < params.n_ctx)
-        if pages.SUPPORTED and params.n_gpu_layers == 0:
+        if pages.SUPPORTED and not self._maps_away(params):
             yield lambda c: replace(c, weights="streamed", gives_way=True)
+
+    def _maps_away(self, params: ContextParams) -> bool:
+        """Whether a GPU works on the mapped file itself: its pages cannot be let go then."""
+        return params.n_gpu_layers > 0 and any(d.maps_files for d in self.holding.devices)
 
     def _takes_small_cache(self) -> bool:
         params = self.first.params
-        known = cache_type_fits(self._holding.text, _SMALL_CACHE) and params.flash_attn
+        known = cache_type_fits(self.holding.text, _SMALL_CACHE) and params.flash_attn
         return known and not self._fixed & {"type_k", "type_v"}
 
     def _release(self, choice: Choice, usable: int) -> Choice:
         """Undo what is not needed after all, what costs the user most first."""
         for change in self._releases(choice):
             milder = change(choice)
-            if milder != choice and self._holding.peak(milder, usable) <= usable:
+            if milder != choice and self.holding.peak(milder, usable) <= usable:
                 choice = milder
         return choice
 
@@ -135,7 +145,7 @@ class Search:
             if now.n_ctx < n <= first.n_ctx:
                 yield partial(_raise, "n_ctx", n)
         if now.max_image_tokens != first.max_image_tokens:
-            for n in (self._holding.image_tokens(first), *_IMAGE_TOKENS):
+            for n in (self.holding.image_tokens(first), *_IMAGE_TOKENS):
                 yield partial(self._widen_image, n)
         if pulled.weights == "mapped":
             yield lambda c: replace(c, weights=self.first.weights, gives_way=False)
@@ -152,7 +162,7 @@ class Search:
     def _widen_image(self, n_tokens: int, choice: Choice) -> Choice:
         """Let images of ``n_tokens`` come, as far as a smaller n_ctx leaves room for words."""
         first, now = self.first.params, choice.params
-        most = self._holding.image_tokens(first)
+        most = self.holding.image_tokens(first)
         room = now.n_ctx if now.n_ctx == first.n_ctx else now.n_ctx - _ROOM_FOR_WORDS
         if n_tokens >= most and most <= room:
             return _setting(max_image_tokens=first.max_image_tokens)(choice)

@@ -8,12 +8,12 @@ has set is never changed. Chooses from headers and numbers; loads nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from autoglm_gguf.config import ContextParams
-from autoglm_gguf.devices import MachineMemory, probe_memory
+from autoglm_gguf.devices import MachineMemory, choose_devices, probe_devices, probe_memory
 from autoglm_gguf.errors import DoesNotFitError
 from autoglm_gguf.gguf.describe import ModelDescription, describe_pair
 from autoglm_gguf.hub import resolve_pair
@@ -30,13 +30,18 @@ from autoglm_gguf.memory.holding import (
 )
 from autoglm_gguf.memory.levers import MEGABYTE, UNBOUNDED, Search, usable_bytes
 from autoglm_gguf.memory.measure import measure_memory
+from autoglm_gguf.memory.offload import (
+    NO_GPU,
+    choose_layers,
+    count_layers,
+    find_choice,
+    parse_layers,
+)
 from autoglm_gguf.native import pages
+from autoglm_gguf.native.ggml import Device
 from autoglm_gguf.units import format_bytes
 
-AUTO = "auto"
-_AUTO_LAYERS = (
-    "n_gpu_layers: auto means 0 for now; layers are put on a GPU where their number is given"
-)
+_PLAIN_REASONS = ("given", NO_GPU)  # nothing that need be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,11 @@ class MemoryPlan:
     items: tuple[Item, ...]
     levers: tuple[Lever, ...]
     decisions: tuple[Decision, ...]
-    remarks: tuple[str, ...]
-    """Choices made for the caller that are no levers, one sentence each."""
+    devices: tuple[str, ...]
+    """The GPUs that layers go to, by ggml's names; empty where none does."""
+    tower_on_device: bool
+    devices_count_in_process: bool
+    """Their buffers are among this process's pages, and are to be counted once."""
     streamed_bytes: int
     """Weights read for every batch, and so for every token, where the page cache holds none."""
     cached_bytes: int
@@ -99,6 +107,11 @@ class MemoryPlan:
         return max(self.phase_bytes.values())
 
     @property
+    def device_bytes(self) -> int:
+        """Of `peak_bytes`, what lies in GPU buffers at most."""
+        return max(sum_phases([item for item in self.items if item.on_device]).values())
+
+    @property
     def process_bytes(self) -> int:
         """Of `peak_bytes`, what shows as held by the process: without pages read ahead of use."""
         ahead = tuple(item for item in self.items if item.name != READ_AHEAD)
@@ -114,7 +127,12 @@ class MemoryPlan:
             for lever in self.levers
             if lever.cost
         )
-        return (*self.remarks, *costly)
+        placed = (
+            f"n_gpu_layers: {decision.value} ({decision.reason})"
+            for decision in self.decisions
+            if decision.name == "n_gpu_layers" and decision.reason not in _PLAIN_REASONS
+        )
+        return (*placed, *costly)
 
 
 def plan_memory(
@@ -133,7 +151,8 @@ def plan_memory(
             load, at image encode and at decode: bytes, ``"4GB"`` (10**9 each), ``"4GiB"`` (2**30),
             or ``"none"``.
         **context: Fields of `ContextParams`. What is given is kept; the rest may be made smaller.
-            ``n_gpu_layers="auto"`` means 0 for now, and a note says so.
+            ``n_gpu_layers`` is a number, ``"all"`` or ``"auto"``: as many layers as fit the
+            budget and the GPU's free memory.
 
     Raises:
         ValueError, TypeError: A budget or an argument out of range.
@@ -141,11 +160,12 @@ def plan_memory(
         DoesNotFitError: No choice stays under the budget, or the machine has too little memory.
     """
     budget_bytes = parse_budget(memory_budget)
-    remarks: tuple[str, ...] = ()
-    if context.get("n_gpu_layers") == AUTO:
-        del context["n_gpu_layers"]
-        remarks = (_AUTO_LAYERS,)
+    n_gpu_layers = parse_layers(context.pop("n_gpu_layers", None))
+    if n_gpu_layers is not None:
+        context["n_gpu_layers"] = n_gpu_layers
     params = ContextParams(**context)
+    # Before this process is measured: drivers take memory when they are first asked.
+    devices = () if n_gpu_layers == 0 else choose_devices(probe_devices(), params.device)
     usage = measure_memory()
     text, tower = resolve_pair(model, mmproj)
     return plan_pair(
@@ -155,7 +175,7 @@ def plan_memory(
         fixed=frozenset(context),
         held_bytes=usage.total_bytes if usage else 0,
         machine=probe_memory(),
-        remarks=remarks,
+        devices=devices,
     )
 
 
@@ -167,7 +187,7 @@ def plan_pair(
     fixed: frozenset[str] = frozenset(),
     held_bytes: int = 0,
     machine: MachineMemory | None = None,
-    remarks: tuple[str, ...] = (),
+    devices: Sequence[Device] = (),
 ) -> MemoryPlan:
     """Plan a described pair; see `plan_memory`.
 
@@ -178,26 +198,43 @@ def plan_pair(
         fixed: Fields of ``params`` that may not be changed.
         held_bytes: What this process holds before anything of the model is loaded.
         machine: Its memory; None if unknown.
-        remarks: Go into the plan's notes.
+        devices: The GPUs that layers may go to.
 
     Raises:
         DoesNotFitError: See `plan_memory`.
     """
-    holding = Holding(described, max(held_bytes, FLOOR_BYTES))
-    planner = _Planner(described.text.path.stem, holding, params, fixed)
-    plan = replace(planner.plan(budget_bytes), remarks=remarks)
-    wanted = plan.peak_bytes - held_bytes  # what is held already is not asked for again
+    holding = Holding(described, max(held_bytes, FLOOR_BYTES), devices)
+    plan = _Planner(described.text.path.stem, holding, params, fixed).plan(budget_bytes)
+    _check_machine(plan, holding, machine, held_bytes)
+    return plan
+
+
+def _check_machine(
+    plan: MemoryPlan, holding: Holding, machine: MachineMemory | None, held_bytes: int
+) -> None:
+    """Refuse what neither main memory nor the devices have room for."""
+    elsewhere = 0 if any(d.shares_memory for d in holding.devices) else plan.device_bytes
+    wanted = plan.peak_bytes - elsewhere - held_bytes  # what is held is not asked for again
+    budget = "none" if plan.budget_bytes is None else format_bytes(plan.budget_bytes)
     if machine is not None and wanted > machine.available_bytes:
-        budget = "none" if budget_bytes is None else format_bytes(budget_bytes)
         raise DoesNotFitError(
             f"{plan.name}: needs {format_bytes(wanted)} more, and this {machine.limit} has "
             f"{format_bytes(machine.available_bytes)} free (budget {budget})",
-            budget_bytes=budget_bytes,
+            budget_bytes=plan.budget_bytes,
             required_bytes=plan.peak_bytes,
             hint="close other programs, or keep within what is free: --memory-budget "
             f"{max(1, (machine.available_bytes + held_bytes) // MEGABYTE)}MB",
         )
-    return plan
+    free = sum(device.free_bytes for device in holding.devices)
+    if free and plan.device_bytes > free:
+        raise DoesNotFitError(
+            f"{plan.name}: needs {format_bytes(plan.device_bytes)} on "
+            f"{', '.join(plan.devices)}, which has "
+            f"{format_bytes(free)} free (n_gpu_layers {plan.context.n_gpu_layers})",
+            budget_bytes=plan.budget_bytes,
+            required_bytes=plan.peak_bytes,
+            hint="--n-gpu-layers auto puts there what fits",
+        )
 
 
 class _Planner:
@@ -207,14 +244,18 @@ class _Planner:
         self, name: str, holding: Holding, params: ContextParams, fixed: frozenset[str]
     ) -> None:
         self._name, self._holding, self._fixed = name, holding, fixed
-        self._search = Search(holding, params, fixed)
+        self._is_auto = "n_gpu_layers" not in fixed
+        n = 0 if self._is_auto else count_layers(params.n_gpu_layers, holding)
+        self._search = Search(holding, replace(params, n_gpu_layers=n), fixed)
+        self._layers_reason = "given"
 
     def plan(self, budget_bytes: int | None) -> MemoryPlan:
-        if budget_bytes is None:
-            return self._describe(self._search.first, None)
-        choice = self._search.find(budget_bytes)
+        if self._is_auto:
+            n, self._layers_reason = choose_layers(self._search, budget_bytes)
+            self._search = self._search.with_layers(n)
+        choice = find_choice(self._search, budget_bytes)
         if choice is None:
-            raise self._refusal(budget_bytes)
+            raise self._refusal(budget_bytes or 0)
         return self._describe(choice, budget_bytes)
 
     def _describe(self, choice: Choice, budget_bytes: int | None) -> MemoryPlan:
@@ -235,7 +276,9 @@ class _Planner:
             items=holding.items(choice, usable),
             levers=levers,
             decisions=tuple(self._decide(choice, usable, {lever.name for lever in levers})),
-            remarks=(),
+            devices=tuple(d.name for d in holding.devices if choice.params.n_gpu_layers),
+            devices_count_in_process=any(d.counts_in_process for d in holding.devices),
+            tower_on_device=holding.tower_on_device(choice.params),
             streamed_bytes=holding.layers_bytes(places.streamed),
             cached_bytes=holding.cached_bytes(choice, places),
         )
@@ -247,10 +290,10 @@ class _Planner:
             ("n_batch", params.n_batch, "n_batch"),
             ("type_k", params.type_k, "kv_cache"),
             ("type_v", params.type_v, "kv_cache"),
-            ("n_gpu_layers", params.n_gpu_layers, ""),
         ):
             why = "given" if name in self._fixed else "default"
             yield Decision(name, value, "to fit the budget" if lever in pulled else why)
+        yield Decision("n_gpu_layers", params.n_gpu_layers, self._layers_reason)
         if holding.tower is not None:
             why = "given" if "max_image_tokens" in self._fixed else "the model's own limit"
             most = holding.image_tokens(params)

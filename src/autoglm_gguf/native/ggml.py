@@ -150,7 +150,29 @@ class Device:
     maps_files: bool
     """Weights can stay in the mapped file, without a copy."""
 
+    @property
+    def is_gpu(self) -> bool:
+        """Layers can be placed on it."""
+        return self.kind in ("gpu", "igpu")
 
+    @property
+    def is_software(self) -> bool:
+        """A Vulkan driver that computes on the CPU; ggml tells it only by its name."""
+        return any(name in self.description.lower() for name in _SOFTWARE)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Its memory is the machine's main memory."""
+        return self.kind == "igpu" or self.backend == _METAL or self.is_software
+
+    @property
+    def counts_in_process(self) -> bool:
+        """The system counts its buffers among this process's pages."""
+        return self.backend == _METAL or self.is_software
+
+
+_METAL = "MTL"  # ggml-metal's registry name
+_SOFTWARE = ("llvmpipe", "lavapipe", "swiftshader")
 _DEVICE_KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # enum ggml_backend_dev_type
 
 
@@ -180,6 +202,18 @@ def list_devices() -> list[Device]:
             )
         )
     return found
+
+
+def device_handle(name: str) -> int:
+    """The ``ggml_backend_dev_t`` of a device in `list_devices`.
+
+    Raises:
+        EngineError: ggml does not know it.
+    """
+    handle = _lib().ggml_backend_dev_by_name(name.encode())
+    if not handle:
+        raise engine_error(f"ggml: no device {name}", hint="list them: autoglm-gguf doctor")
+    return int(handle)
 
 
 def cpu_registry() -> int:
@@ -349,6 +383,7 @@ def _lib() -> ctypes.CDLL:
         "ggml_backend_dev_get_props": (None, [pointer, ctypes.POINTER(_DeviceProps)]),
         "ggml_backend_reg_name": (ctypes.c_char_p, [pointer]),
         "ggml_backend_dev_by_type": (pointer, [enum]),
+        "ggml_backend_dev_by_name": (pointer, [ctypes.c_char_p]),
         "ggml_backend_dev_backend_reg": (pointer, [pointer]),
         "ggml_backend_reg_get_proc_address": (pointer, [pointer, ctypes.c_char_p]),
         "ggml_backend_buft_name": (ctypes.c_char_p, [pointer]),

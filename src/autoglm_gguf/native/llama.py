@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from autoglm_gguf.config import CacheType, ContextParams, SamplingParams
 from autoglm_gguf.errors import ContextFullError
-from autoglm_gguf.native.ggml import GGMLType, tensor_name
+from autoglm_gguf.native.ggml import GGMLType, device_handle, tensor_name
 from autoglm_gguf.native.library import clear_errors, engine_error, load_llama
 
 _CACHE_TYPES: dict[CacheType, GGMLType] = {
@@ -51,6 +51,7 @@ class LlamaModel:
     Args:
         path: A whole, checked GGUF file.
         n_gpu_layers: Layers on the GPU, the last ones first; -1 means all.
+        devices: Names of the GPUs they go to; none, and llama.cpp sees only the CPU.
         placement: Where the weights lie; by default all in the mapped file.
         on_tensor: Called before each tensor is loaded.
 
@@ -63,6 +64,7 @@ class LlamaModel:
         path: Path,
         *,
         n_gpu_layers: int = 0,
+        devices: Sequence[str] = (),
         placement: Placement | None = None,
         on_tensor: Callable[[], None] | None = None,
     ) -> None:
@@ -70,6 +72,10 @@ class LlamaModel:
         placement = placement or Placement()
         params = self._llama.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        # Always given, ended by NULL: else a GPU would take part in what is meant for the CPU.
+        handles = (ctypes.c_void_p * (len(devices) + 1))(*map(device_handle, devices))
+        params.devices = ctypes.addressof(handles)
+        params.no_host = placement.repacked  # else pinned memory takes the kernels' order's place
         params.load_mode = (
             self._llama.LLAMA_LOAD_MODE_MMAP
             if placement.mapped
@@ -171,6 +177,8 @@ class LlamaContext:
             if params.flash_attn
             else self._llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
+        raw.offload_kqv = params.offload_kqv
+        raw.op_offload = False  # what stays on the CPU is computed there: the plan counts on it
         raw.no_perf = True
         self._callback = None  # kept as long as llama.cpp may call it
         if on_layer is not None:

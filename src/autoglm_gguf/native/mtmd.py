@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from autoglm_gguf.native.ggml import device_handle
 from autoglm_gguf.native.library import clear_errors, engine_error, load_mtmd
 from autoglm_gguf.native.llama import LlamaModel
 
@@ -26,6 +27,7 @@ class VisionTower:
         flash_attn: Fused attention; without it the encode peak is several times larger.
         max_image_tokens: Largest image that will be encoded; above llama.cpp's own limit of 4096
             it must be named here.
+        device: The GPU it runs on, by ggml's name; None is the CPU.
 
     Raises:
         EngineError: libmtmd refused the file.
@@ -39,11 +41,13 @@ class VisionTower:
         n_threads: int,
         flash_attn: bool,
         max_image_tokens: int,
+        device: str | None = None,
     ) -> None:
         self._mtmd = load_mtmd()
         self._n_embd = model.n_embd
         params = self._mtmd.mtmd_context_params_default()
-        params.use_gpu = False
+        params.use_gpu = device is not None
+        params.device = None if device is None else device_handle(device)
         params.print_timings = False
         params.n_threads = n_threads
         params.flash_attn_type = 1 if flash_attn else 0

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from autoglm_gguf import AutoGLM, MemoryPlan, convert, plan_memory
 from autoglm_gguf.engine.llama import LlamaEngine
 from autoglm_gguf.memory.holding import Places
+from autoglm_gguf.memory.plan import Decision
 from autoglm_gguf.native import pages
 
 pytestmark = [

@@ -43,7 +43,7 @@ def test_items_of_a_mapped_model_are_the_sums_made_by_hand() -> None:
     assert items["compute"] == (COMPUTE,) * 3
     assert items["weights"] == (88 * MB,) * 3
     assert items["tower"] == (0, 40 * MB, 40 * MB)
-    assert items["image"] == (0, 1080 * 2400 * 8 + 2 * IMAGE, IMAGE)
+    assert items["image"] == (0, 1080 * 2400 * 8 + 2 * IMAGE, 1080 * 2400 * 8 + IMAGE)
     assert items["encode"][0] == 0
     assert items["encode"][1] == items["encode"][2] > 3188 * 4 * 4 * 3 * (256 + 512)
 
@@ -136,7 +136,8 @@ def test_streamed_layers_are_spread_and_every_layer_has_one_place() -> None:
 def test_streaming_keeps_what_fits_and_stays_below() -> None:
     holding = hold(layer_bytes=(100 * MB,) * 20)
     choice = choose("streamed", tower_on_demand=True, gives_way=True)
-    base = FLOOR + KV_CACHE * 20 // 8 + COMPUTE + 1000 * 130 + IMAGE + 4 * MB  # 4 MB: the output
+    base = FLOOR + KV_CACHE * 20 // 8 + COMPUTE + 1000 * 130 + 1080 * 2400 * 8 + IMAGE
+    base += 4 * MB  # the output
     # One layer is in use, another is read meanwhile.
     for n_kept in (0, 1, 7, 16):
         usable = base + (n_kept + 2) * 100 * MB

@@ -226,14 +226,15 @@ class Holding:
         n_tokens = self.image_tokens(choice.params)
         scratch = estimate.encode_bytes(self.tower, n_tokens)
         image = estimate.embedding_bytes(self.tower, n_tokens)
-        weights = self.tower.weights_bytes
+        weights, screen = self.tower.weights_bytes, _SCREEN_BYTES
         stays = 0 if choice.tower_on_demand else 1
         how = "loaded for each image" if choice.tower_on_demand else "resident from the first image"
         most, away = f"{n_tokens} image tokens at most", self.tower_on_device(choice.params)
         return [
             Item("tower", 0, weights, stays * weights, how, on_device=away),
             Item("encode", 0, scratch, stays * scratch, most, on_device=away),
-            Item("image", 0, _SCREEN_BYTES + 2 * image, image, "pixels and embeddings"),
+            # A screenshot is decoded before the tower is loaded: while everything else is held.
+            Item("image", 0, screen + 2 * image, screen + image, "pixels and embeddings"),
         ]
 
     def _weights(self, choice: Choice, places: Places) -> list[Item]:

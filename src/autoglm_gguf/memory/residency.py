@@ -113,6 +113,8 @@ class Residency:
         self._wanted: list[int] = []
         self._ready: set[int] = set()
         self._reading: int | None = None
+        self._is_late = False
+        """The computation has passed the layer that is being read: it is dropped when read."""
         self._drops: dict[int, Future[None]] = {}
         self._dropper = ThreadPoolExecutor(1, "drop")
         self._changed = threading.Condition()
@@ -144,6 +146,7 @@ class Residency:
             self._drop(*span)
             with self._changed:
                 self._ready.discard(layer)
+                self._is_late = self._is_late or layer == self._reading
                 if self._cache_is_scarce():
                     # Freeing cached pages takes time that the computation can use: done aside.
                     self._drops[layer] = self._dropper.submit(
@@ -227,6 +230,9 @@ class Residency:
                     pages.read_in(mapping, self._descriptor, start, end, lambda: self._closed)
             finally:  # or the computation would wait for ever
                 with self._changed:
-                    self._ready.add(layer)
-                    self._reading = None
+                    if self._is_late:
+                        self._drop(start, end)
+                    else:
+                        self._ready.add(layer)
+                    self._reading, self._is_late = None, False
                     self._changed.notify_all()

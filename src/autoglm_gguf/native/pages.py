@@ -22,8 +22,8 @@ IS_LINUX = sys.platform.startswith("linux")
 IS_MACOS = sys.platform == "darwin"
 SUPPORTED = IS_LINUX or IS_MACOS
 _PART_BYTES = 4 << 20
-_REQUEST_BYTES = 1 << 20  # one request reads no more than the device's largest
-_EDGE_BYTES = 16 << 20  # how far past a fault a system with 8 MB read-ahead windows reads: two
+# How far around a fault a system with read-ahead windows of 8 MB reads.
+_HEAD_BYTES, _TAIL_BYTES = 4 << 20, 16 << 20
 _local = threading.local()  # a read buffer for each thread
 _MADV_NORMAL, _MADV_RANDOM, _MADV_DONTNEED = 0, 1, 4  # the same numbers on Linux and macOS
 _MADV_POPULATE_READ = 22  # Linux 5.14
@@ -129,47 +129,48 @@ def read_exactly_what_is_asked(descriptor: int) -> None:
 def read_in(
     mapping: Mapping | None, descriptor: int, start: int, end: int, stopped: Callable[[], bool]
 ) -> None:
-    """Read file bytes before they are used; parts that are in the page cache already cost nothing.
+    """Read file bytes before they are used; what is in the page cache already costs nothing.
 
-    The inner part is mapped page by page, which lets the system read far ahead with little work;
-    the edges are asked for exactly and beforehand, so that its reading ahead ends within the span.
+    All is faulted in at once, which lets the system read far ahead with large requests and little
+    work (three times as fast as part by part, beside a computation). The edges are asked for
+    exactly, and beforehand, so that its reading ahead ends within the span.
 
     Args:
         mapping: Holds the span; None reads into the page cache only, and everything anew.
         descriptor: The open file, set to `read_exactly_what_is_asked`.
         start: First byte.
         end: Byte after the last.
-        stopped: Asked between parts; True ends the reading.
+        stopped: Asked now and then; True ends the reading.
     """
-    inner = (start + _PART_BYTES, end - _EDGE_BYTES)
     asks = mapping if mapping is not None and _may_ask(descriptor) else None
-    if stopped():
+    if stopped() or (asks is not None and _is_cached(asks, start, end)):
         return
-    _request(descriptor, start, min(inner[0], end))
-    _request(descriptor, max(start, inner[1]), end)
+    if mapping is not None and IS_LINUX:
+        inner = (min(start + _HEAD_BYTES, end), max(start, end - _TAIL_BYTES))
+        _request(descriptor, start, inner[0])
+        _request(descriptor, inner[1], end)
+        done = inner[0] >= inner[1] or _populate(mapping, *inner)
+        if done and _populate(mapping, start, inner[0]) and _populate(mapping, inner[1], end):
+            return
     for at in range(start, end, _PART_BYTES):
         if stopped():
             return
         last = min(at + _PART_BYTES, end)
-        if asks is not None and _is_cached(asks, at, last):
-            continue
-        is_inner = inner[0] <= at and last <= inner[1]
-        if not (mapping is not None and is_inner and _populate(mapping, at, last)):
+        if asks is None or not _is_cached(asks, at, last):
             os.preadv(descriptor, [_buffer()[: last - at]], at)
 
 
 def _request(descriptor: int, start: int, end: int) -> None:
-    """Let the system begin to read a span (Linux only); returns before it is there."""
-    if IS_LINUX:
-        for at in range(start, end, _REQUEST_BYTES):
-            n_bytes = min(_REQUEST_BYTES, end - at)
-            os.posix_fadvise(descriptor, at, n_bytes, os.POSIX_FADV_WILLNEED)
+    """Let Linux begin to read a span; returns before it is there."""
+    for at in range(start, end, _PART_BYTES):
+        n_bytes = min(_PART_BYTES, end - at)
+        os.posix_fadvise(descriptor, at, n_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def _populate(mapping: Mapping, start: int, end: int) -> bool:
-    """Fault a span in; False where the system cannot (Linux before 5.14, macOS)."""
+    """Fault a span in; False where the system cannot (Linux before 5.14)."""
     first, last = _whole_pages(mapping, start, end)
-    return IS_LINUX and _libc().madvise(first, last - first, _MADV_POPULATE_READ) == 0
+    return first >= last or _libc().madvise(first, last - first, _MADV_POPULATE_READ) == 0
 
 
 def _buffer() -> memoryview:

@@ -28,7 +28,6 @@ from autoglm_gguf.errors import (
 )
 from autoglm_gguf.generation import Request, Run
 from autoglm_gguf.gguf.names import END_OF_ANSWER
-from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
 from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
 from autoglm_gguf.messages import (
@@ -96,6 +95,7 @@ class AutoGLM:
         mmproj: str | os.PathLike[str] | None = "auto",
         memory_budget: Budget = DEFAULT_BUDGET,
         content_format: ContentFormat = "openai",
+        self_test: bool = True,
         **context: Any,
     ) -> AutoGLM:
         """Load a GGUF pair within a memory budget.
@@ -107,10 +107,12 @@ class AutoGLM:
                 decode: bytes, ``"4GB"``, ``"4GiB"``, or ``"none"``; see `plan_memory`.
             content_format: ``openai`` renders as transformers does, ``string`` as the official
                 server does (image, line break, text).
-            **context: Fields of `ContextParams`: n_ctx, n_gpu_layers, n_threads, type_k, type_v,
-                flash_attn, n_batch, max_image_tokens. What is given is kept, the rest may be made
-                smaller to stay within the budget. ``n_gpu_layers="auto"``, the default, puts as
-                many layers on a GPU as fit.
+            self_test: Compare a GPU with the CPU when it is first used with this model, and keep
+                on the CPU what it gets wrong; ``info.notes`` tells.
+            **context: Fields of `ContextParams`: n_ctx, n_gpu_layers, device, n_threads, type_k,
+                type_v, flash_attn, n_batch, max_image_tokens, offload_kqv, mmproj_offload. What is
+                given is kept, the rest may be made smaller to stay within the budget.
+                ``n_gpu_layers="auto"``, the default, puts as many layers on a GPU as fit.
 
         Raises:
             ValueError, TypeError: An argument out of range or unknown.
@@ -120,12 +122,9 @@ class AutoGLM:
             EngineError: llama.cpp refused the model.
             NativeLibraryError: llama-cpp-python is missing or not the pinned version.
         """
-        from autoglm_gguf.engine.llama import LlamaEngine
-        from autoglm_gguf.memory.plan import plan_memory
+        from autoglm_gguf.engine.loading import load_engine
 
-        plan = plan_memory(model, mmproj=mmproj, memory_budget=memory_budget, **context)
-        text, tower = resolve_pair(model, mmproj)
-        engine = LlamaEngine(text, tower, plan.context, plan=plan)
+        engine = load_engine(model, mmproj, memory_budget, self_test=self_test, context=context)
         return cls(engine, content_format=content_format)
 
     @property

@@ -24,6 +24,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="openai: as transformers renders; string: as the official server does",
     )
     parser.add_argument(
+        "--no-self-test",
+        dest="self_test",
+        action="store_false",
+        help="use a GPU without comparing it with the CPU first",
+    )
+    parser.add_argument(
         "--stats", action="store_true", help="tell the memory that was planned and measured"
     )
 
@@ -122,7 +128,13 @@ def load_model(arguments: argparse.Namespace) -> AutoGLM:
     given = memory_arguments(arguments)
     if arguments.n_threads is not None:
         given["n_threads"] = arguments.n_threads
-    loaded = AutoGLM.load(model, mmproj=mmproj, content_format=arguments.content_format, **given)
+    loaded = AutoGLM.load(
+        model,
+        mmproj=mmproj,
+        content_format=arguments.content_format,
+        self_test=arguments.self_test,
+        **given,
+    )
     for remark in loaded.info.notes:
         output.note(f"note: {remark}")
     return loaded

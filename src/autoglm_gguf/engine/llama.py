@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,10 @@ class LlamaEngine:
     def info(self) -> EngineInfo:
         """The model's properties."""
         return self._info
+
+    def add_note(self, note: str) -> None:
+        """Tell one more thing in ``info.notes``."""
+        self._info = replace(self._info, notes=(*self._info.notes, note))
 
     @property
     def n_batch(self) -> int:

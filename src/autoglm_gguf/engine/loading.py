@@ -1,0 +1,50 @@
+"""From paths and a budget to an engine: planned, tested where a GPU takes part, loaded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from autoglm_gguf.engine.llama import LlamaEngine
+from autoglm_gguf.engine.trust import TrustStore, open_trusted
+from autoglm_gguf.hub import cache_directory, resolve_pair
+from autoglm_gguf.memory.budget import Budget
+from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
+
+
+def load_engine(
+    model: str | os.PathLike[str],
+    mmproj: str | os.PathLike[str] | None,
+    memory_budget: Budget,
+    *,
+    self_test: bool,
+    context: dict[str, Any],
+) -> LlamaEngine:
+    """Load a pair as `AutoGLM.load` describes it.
+
+    Args:
+        model: A text GGUF, or a directory with one.
+        mmproj: The vision tower; ``"auto"`` looks beside the model.
+        memory_budget: See `plan_memory`.
+        self_test: Compare a GPU with the CPU when it is first used with this model.
+        context: Fields of `ContextParams`.
+
+    Raises:
+        ValueError, TypeError, AutoGLMError: See `AutoGLM.load`.
+    """
+
+    def plan_with(**changed: Any) -> MemoryPlan:
+        return plan_memory(
+            model, mmproj=mmproj, memory_budget=memory_budget, **{**context, **changed}
+        )
+
+    plan = plan_with()
+    files = resolve_pair(model, mmproj)
+
+    def open_engine(plan: MemoryPlan) -> LlamaEngine:
+        return LlamaEngine(*files, plan.context, plan=plan)
+
+    if not (self_test and plan.devices):
+        return open_engine(plan)
+    store = TrustStore(cache_directory() / "self-tests")
+    return open_trusted(plan, files, replan=plan_with, open_engine=open_engine, store=store)

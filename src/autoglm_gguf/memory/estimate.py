@@ -197,12 +197,20 @@ def input_bytes(shape: TextShape, params: ContextParams) -> int:
     """
     n_batch = min(params.n_batch, params.n_ctx)
     mask = n_batch * _cells(params.n_ctx) * (_F16 if params.flash_attn else _F32)
-    return n_batch * (shape.n_embd * _F32 + 32) + mask
+    return n_batch * (2 * shape.n_embd * _F32 + 32) + mask
 
 
 def device_graph_bytes(shape: TextShape, params: ContextParams, *, n_outputs: int = 1) -> int:
-    """llama.cpp's compute buffer on a GPU."""
-    return graph_bytes(shape, params, n_outputs=n_outputs)
+    """llama.cpp's compute buffer on a GPU: the CPU's, less the rows that lie on the CPU then.
+
+    With the output alone there, only the logits. Fitted to ggml-vulkan's report.
+    """
+    if params.n_gpu_layers == 1:
+        return n_outputs * _F32 * (shape.n_vocab + 2 * shape.n_embd)
+    quantised = _CACHE_BLOCKS[params.type_k][0] > 1
+    n_rows = (1 if quantised else 2) if params.offload_kqv else 0
+    away = n_rows * min(params.n_batch, params.n_ctx) * _F32 * shape.n_embd
+    return graph_bytes(shape, params, n_outputs=n_outputs) - away
 
 
 def work_bytes(shape: TextShape, params: ContextParams) -> int:

@@ -198,7 +198,7 @@ def list_devices() -> list[Device]:
                 kind=_DEVICE_KINDS[kind],
                 total_bytes=int(props.memory_total),
                 free_bytes=int(props.memory_free),
-                maps_files=bool(props.mmap_support),
+                maps_files=bool(props.buffer_from_host_ptr),
             )
         )
     return found

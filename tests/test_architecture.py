@@ -20,7 +20,7 @@ LEVELS = (
     ("cli",),
     ("server",),
     ("hybrid",),
-    ("evaluate",),
+    ("evaluate", "bench"),
     ("session", "embedded"),
     ("generation",),
     ("conversion", "engine"),

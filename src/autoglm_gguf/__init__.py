@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autoglm_gguf.errors import (
         ActionParseError,
         AutoGLMError,
+        BenchError,
         CheckpointError,
         ContextFullError,
         ConversionError,
@@ -57,6 +58,7 @@ _HOMES = {
     "errors": (
         "ActionParseError",
         "AutoGLMError",
+        "BenchError",
         "CheckpointError",
         "ContextFullError",
         "ConversionError",
@@ -87,6 +89,7 @@ __all__ = [
     "ActionParseError",
     "AutoGLM",
     "AutoGLMError",
+    "BenchError",
     "ChatSession",
     "CheckpointError",
     "Chunk",

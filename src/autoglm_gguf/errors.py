@@ -17,6 +17,7 @@ This module knows what can go wrong and what to type next; it does not know how 
     ├── ActionParseError         an answer that is no action
     ├── EngineError              llama.cpp failed while loading or running
     │   └── EngineBusyError          a stream of this model is still open
+    ├── BenchError               a measurement that could not be made, saved, drawn or read back
     ├── VerificationError        a converted model lies outside its thresholds
     └── NativeLibraryError       llama-cpp-python is missing or not the pinned version
 """
@@ -141,6 +142,10 @@ class EngineBusyError(EngineError):
 
 class NativeLibraryError(AutoGLMError):
     """llama-cpp-python is missing, cannot be loaded, or is not the pinned version."""
+
+
+class BenchError(AutoGLMError):
+    """A measurement that could not be made, saved, drawn or read back."""
 
 
 class VerificationError(AutoGLMError):

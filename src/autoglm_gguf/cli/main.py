@@ -7,10 +7,10 @@ import logging
 from collections.abc import Sequence
 
 from autoglm_gguf import __version__
-from autoglm_gguf.cli import act, chat, convert, inspect, output, plan, pull, verify
+from autoglm_gguf.cli import act, bench, chat, convert, inspect, output, plan, pull, verify
 from autoglm_gguf.cli.errors import EXIT_OK, report
 
-_COMMANDS = (pull, convert, inspect, plan, chat, act, verify)
+_COMMANDS = (pull, convert, inspect, plan, chat, act, verify, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

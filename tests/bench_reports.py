@@ -30,8 +30,9 @@ def make_result(n_gpu_layers: int, speed: float = 1.0, **changed: Any) -> Result
         make_measure("ttft", 512, "ms", [5120 * s / speed for s in spread]),
         make_measure("decode", 64, "tok/s", [10 * s * speed for s in spread]),
     )
-    held = Held(4 * GB, 3 * GB, 2 * GB, GB // 2, 0, {"CPU_Mapped": 2 * GB})
-    return replace(Result(n_gpu_layers, {"n_ctx": 4096}, measures, held), **changed)
+    held = Held(4 * GB, 0, 3 * GB, 2 * GB, GB // 2, 0, {"CPU_Mapped": 2 * GB})
+    devices = ("Vulkan0",) if n_gpu_layers else ()
+    return replace(Result(n_gpu_layers, devices, {"n_ctx": 4096}, measures, held), **changed)
 
 
 def make_report(*results: Result, **changed: Any) -> Report:

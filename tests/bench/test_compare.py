@@ -39,6 +39,12 @@ def test_all_layers_of_two_models_are_the_same_configuration() -> None:
     assert {ratio.label for ratio in compare_reports(larger, smaller).ratios} == {"all"}
 
 
+def test_only_configurations_are_compared_whatever_their_layers_are() -> None:
+    found = compare_reports(make_report(make_result(12)), make_report(make_result(20)))
+    assert {ratio.label for ratio in found.ratios} == {"12 | 20"}
+    assert found.unmatched == ()
+
+
 def test_what_only_one_has_is_told() -> None:
     failed = make_result(41, measures=(), held=None, failed="killed by SIGABRT")
     b = make_report(make_result(0, measures=make_result(0).measures[:3]), make_result(10), failed)

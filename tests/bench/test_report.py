@@ -27,9 +27,12 @@ SHAPE = {
     "versions": "package python llama_cpp_python llama_cpp backends",
     "model": "file file_bytes architecture block_count types mmproj mmproj_bytes mmproj_types",
     "settings": "prompt_n predicted_n repeats pause_s screen memory_budget_bytes context",
-    "results": "n_gpu_layers chosen measures held notes failed",
+    "results": "n_gpu_layers devices chosen measures held notes failed",
     "results.measures": "name n unit values median low high",
-    "results.held": "planned_bytes peak_bytes anonymous_bytes mapped_bytes device_bytes buffers",
+    "results.held": (
+        "planned_bytes planned_device_bytes peak_bytes anonymous_bytes mapped_bytes device_bytes "
+        "buffers"
+    ),
 }
 
 
@@ -70,7 +73,7 @@ def saved(**changed: Any) -> str:
         ('{"schema": 99}', "schema 99, required 1"),
         ('{"schema": 1}', "complete: "),
         (saved(results=7), "results: "),
-        (saved(results=[{"n_gpu_layers": "many"}]), "results.0.n_gpu_layers: "),
+        (saved(results=[{"n_gpu_layers": None}]), "results.0.n_gpu_layers"),
         (saved(machine=None), "machine: "),
     ],
 )

@@ -135,7 +135,7 @@ def test_bench_of_a_model_that_fits_nowhere_exits_with_1(
 ) -> None:
     assert main(["bench", str(random_pair[0]), *SMALL, "--memory-budget", "2MB"]) == 1
     printed = capsys.readouterr()
-    assert "n_gpu_layers 0: failed: " in printed.out
+    assert "n_gpu_layers auto: failed: " in printed.out
     assert "error: random-Q8_0.gguf: not measured (" in printed.err
 
 

@@ -52,8 +52,14 @@ class Comparison:
 
 
 def compare_reports(a: Report, b: Report) -> Comparison:
-    """Match the configurations of two reports by ``n_gpu_layers``, and their figures by size."""
+    """Match the configurations of two reports by ``n_gpu_layers``, and their figures by size.
+
+    Where each has only one, they are compared whatever their layers are.
+    """
     of_a, of_b = ({r.label(result): result for result in r.results} for r in (a, b))
+    if len(of_a) == len(of_b) == 1 and of_a.keys() != of_b.keys():
+        label = f"{next(iter(of_a))} | {next(iter(of_b))}"
+        of_a, of_b = {label: a.results[0]}, {label: b.results[0]}
     ratios: list[Ratio] = []
     unmatched: list[str] = []
     for label in dict.fromkeys((*of_a, *of_b)):

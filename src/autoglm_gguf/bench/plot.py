@@ -88,11 +88,10 @@ def draw_report(path: Path, report: Report) -> None:
 
 
 def _title(report: Report) -> str:
-    """Model, and where it ran: the CPU, and the devices when layers went to one."""
-    where = report.machine.cpu
-    offloads = any(result.n_gpu_layers for result in report.results)
-    if offloads and report.machine.devices:
-        where = ", ".join((*(d.description for d in report.machine.devices), where))
+    """Model, and where it ran: the devices that layers went to, and the CPU."""
+    used = {name for result in report.results for name in result.devices}
+    devices = (device.description for device in report.machine.devices if device.name in used)
+    where = ", ".join((*devices, report.machine.cpu))
     return f"{report.model.file} ({format_bytes(report.model.file_bytes)}) · {where}"
 
 

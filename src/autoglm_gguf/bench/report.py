@@ -16,9 +16,9 @@ from typing import Any
 
 from autoglm_gguf.conversion.writer import open_temporary
 from autoglm_gguf.errors import BenchError
+from autoglm_gguf.memory.offload import ALL
 
 SCHEMA = 1
-ALL = "all"
 LOAD = "load"
 TOKENS_PER_SECOND = "tok/s"
 MILLISECONDS = "ms"
@@ -131,7 +131,9 @@ class Held:
     """What the process held up to the end of its first run; nothing else had run in it."""
 
     planned_bytes: int
-    """The plan's peak."""
+    """The plan's peak, devices included."""
+    planned_device_bytes: int
+    """Of it, what the plan put on devices."""
     peak_bytes: int
     """Process and devices together, at most. 0 where the system does not tell, as the next two."""
     anonymous_bytes: int
@@ -148,8 +150,10 @@ class Held:
 class Result:
     """One configuration."""
 
-    n_gpu_layers: int
-    """Above ``block_count`` where all are on the GPU."""
+    n_gpu_layers: int | str
+    """``block_count`` + 1 where all are on the GPU; text where it failed before it was chosen."""
+    devices: tuple[str, ...] = ()
+    """The GPUs that hold them."""
     chosen: dict[str, Any] = field(default_factory=dict)
     """Sizes and places after planning; empty if it failed before."""
     measures: tuple[Measure, ...] = ()
@@ -182,8 +186,9 @@ class Report:
 
     def label(self, result: Result) -> str:
         """``n_gpu_layers`` as a person names it: a number, or ``all``."""
-        every = result.n_gpu_layers < 0 or result.n_gpu_layers > self.model.block_count
-        return ALL if every else str(result.n_gpu_layers)
+        return (
+            ALL if result.n_gpu_layers == self.model.block_count + 1 else str(result.n_gpu_layers)
+        )
 
 
 def write_report(path: Path, report: Report) -> None:

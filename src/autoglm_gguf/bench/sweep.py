@@ -7,57 +7,39 @@ was measured is in `Bench.report` at every moment, also after an interrupt.
 from __future__ import annotations
 
 import datetime
-import json
-import logging
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from types import TracebackType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from autoglm_gguf.bench.process import Worker, probe_machine
 from autoglm_gguf.bench.report import (
-    ALL,
     LOAD,
     SCHEMA,
     TOKENS_PER_SECOND,
-    DeviceFacts,
     Held,
-    Machine,
     Measure,
     ModelFacts,
     Report,
     Result,
     Settings,
-    Versions,
     make_measure,
 )
 from autoglm_gguf.bench.worker import Job
 from autoglm_gguf.config import ContextParams
-from autoglm_gguf.errors import BenchError
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.describe import describe_pair
 from autoglm_gguf.gguf.header import Header
 from autoglm_gguf.hub import resolve_pair
+from autoglm_gguf.memory.offload import ALL, AUTO, parse_layers
 
 SCREEN = (1080, 2400)
 """Width and height of the phones whose screenshots are encoded, in pixels."""
-NO_GPU = "no GPU device that the installed llama.cpp can drive: the CPU alone is measured"
+NO_GPU = "no GPU that layers can go to: the CPU alone is measured (autoglm-gguf doctor tells why)"
 _MAX_TOKENS = 2**20
 _N_CTX_STEP = 256  # llama.cpp rounds n_ctx up to it
-_GPU_KINDS = ("gpu", "igpu")
 _SLOWER = 0.9  # repeats below this share of the first one's speed are told
-_TAIL_CHARACTERS = 300
-# The parent's own sys.path: the child then is the same installation, however it was found.
-_START = (
-    "import json, sys; sys.path = json.loads(sys.argv[1]); "
-    "from autoglm_gguf.bench.worker import main; main()"
-)
-_logger = logging.getLogger("autoglm_gguf.llama_cpp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +60,7 @@ class Stage:
 OnStage = Callable[[Stage], None]
 
 
-def parse_layers(text: str) -> tuple[int | str, ...]:
+def parse_sweep(text: str) -> tuple[int | str, ...]:
     """Read ``"0,8,16,all"``.
 
     Raises:
@@ -109,7 +91,7 @@ class Bench:
     Raises:
         ValueError, TypeError: A setting out of range, layers that the model does not have.
         GGUFError: A file is missing, broken or of another kind.
-        BenchError: The libraries end the process that asks for the devices.
+        BenchError: A device that is not there; the devices cannot be listed.
     """
 
     def __init__(
@@ -127,9 +109,9 @@ class Bench:
         if described.vision is None:
             settings = replace(settings, screen=None)
         wanted = None if layers is None else _resolve_layers(layers, facts.block_count)
-        machine, versions = _probe()
+        machine, versions, gpus = probe_machine(settings.context.get("device"))
         notes: tuple[str, ...] = ()
-        if wanted is not None and not any(d.kind in _GPU_KINDS for d in machine.devices):
+        if wanted is not None and not gpus:
             wanted, notes = (0,), (NO_GPU,)
         self._text, self._tower, self._layers = text, tower, wanted
         self.report = Report(
@@ -165,7 +147,7 @@ class Bench:
         self, context: Mapping[str, Any], place: tuple[int, int], on_stage: OnStage
     ) -> Result:
         settings = self.report.settings
-        gathered = _Gathered(context.get("n_gpu_layers", ContextParams().n_gpu_layers))
+        gathered = _Gathered(context.get("n_gpu_layers", AUTO))
         label = self.report.label(Result(gathered.n_gpu_layers))
         job = Job(
             text=str(self._text),
@@ -178,7 +160,7 @@ class Bench:
             screen=None if settings.screen is None else list(settings.screen),
         )
         try:
-            with _Worker(job) as worker:
+            with Worker(job) as worker:
                 for message in worker.messages():
                     if message["event"] == "stage":
                         run, what = int(message["run"]), str(message["what"])
@@ -202,7 +184,8 @@ class Bench:
 class _Gathered:
     """One configuration's messages, added up."""
 
-    n_gpu_layers: int
+    n_gpu_layers: int | str
+    devices: tuple[str, ...] = ()
     chosen: dict[str, Any] = field(default_factory=dict)
     figures: dict[tuple[str, int, str], list[float]] = field(default_factory=dict)
     held: Held | None = None
@@ -218,6 +201,7 @@ class _Gathered:
         event = message.pop("event")
         if event == "planned":
             self.chosen, self.notes = message["chosen"], message["notes"]
+            self.devices = tuple(message["devices"])
             self.n_gpu_layers = self.chosen["n_gpu_layers"]
         elif event == "held":
             self.held = Held(**message)
@@ -243,6 +227,7 @@ class _Gathered:
         slowing = [note for measure in measures if (note := _slowing(measure))]
         return Result(
             self.n_gpu_layers,
+            self.devices,
             self.chosen,
             tuple(measures),
             self.held,
@@ -286,12 +271,12 @@ def _check_settings(settings: Settings) -> Settings:
         raise ValueError(f"pause {settings.pause_s}: not in 0..86400 seconds")
     context = dict(settings.context)
     required = max(settings.prompt_n) + settings.predicted_n
-    n_ctx = ContextParams(**context).n_ctx
+    layers = parse_layers(context.get("n_gpu_layers"))
+    n_ctx = ContextParams(**{**context, "n_gpu_layers": layers or 0}).n_ctx
     if required > n_ctx and "n_ctx" in context:
         raise ValueError(f"n_ctx {n_ctx}: too small for prompt and answer ({required} tokens)")
     if required > n_ctx:
         context["n_ctx"] = -(-required // _N_CTX_STEP) * _N_CTX_STEP
-    ContextParams(**context)
     return replace(settings, context=context)
 
 
@@ -325,88 +310,3 @@ def _types(header: Header) -> dict[str, int]:
     for tensor in header.tensors.values():
         found[tensor.type_name] = found.get(tensor.type_name, 0) + tensor.n_bytes
     return dict(sorted(found.items(), key=lambda entry: -entry[1]))
-
-
-def _probe() -> tuple[Machine, Versions]:
-    """Ask in a process of its own: some drivers hold memory for whoever has asked them."""
-    with _Worker(None) as worker:
-        answer = {message.pop("event"): message for message in worker.messages()}
-        if "probed" not in answer:
-            failed = answer.get("failed", {"message": worker.end(), "hint": ""})
-            raise BenchError(
-                f"devices: cannot be listed ({failed['message']})", hint=failed["hint"]
-            )
-    raw = answer["probed"]
-    devices = tuple(DeviceFacts(**device) for device in raw["machine"].pop("devices"))
-    machine = Machine(**raw["machine"], devices=devices)
-    backends = tuple(raw["versions"].pop("backends"))
-    return machine, Versions(**raw["versions"], backends=backends)
-
-
-# --- the process ---
-
-
-class _Worker:
-    """A fresh process that does one job; killed at the latest when the ``with`` block ends."""
-
-    def __init__(self, job: Job | None) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # else an abort starts a debugger
-        )
-        asked = {
-            "job": None if job is None else asdict(job),
-            "log": _logger.isEnabledFor(logging.DEBUG),
-        }
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(f"{json.dumps(asked)}\n".encode())
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died at once; `end` tells how
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """What it says, until it ends."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.endswith(b"\n"):  # else it died while it wrote
-                yield json.loads(line)
-
-    def end(self) -> str:
-        """How it ended: exit status or signal, and its last words."""
-        status = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().decode("utf-8", "replace").splitlines()
-        for line in lines:
-            _logger.debug("%s", line)
-        last = " | ".join(line.strip() for line in lines if line.strip())[-_TAIL_CHARACTERS:]
-        how = f"ended with status {status}" if status >= 0 else _name_signal(-status)
-        return f"{how} ({last})" if last else how
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.kill()  # nothing happens if it has ended
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            if stream is not None:
-                stream.close()
-
-
-def _name_signal(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    why = ": most often the system had no memory left" if name == "SIGKILL" else ""
-    return f"killed by {name}{why}"

@@ -1,8 +1,8 @@
 """The measured process: one configuration, told as JSON lines to the process that started it.
 
-It takes a line on stdin, ``{"job": ..., "log": ...}``, and ends when stdin does, so that it never
-outlives who asked. Without a job it tells machine and versions. Interrupts are left to the parent,
-which kills it.
+It takes a line on stdin, ``{"job": ..., "device": ..., "log": ...}``, and ends when stdin does, so
+that it never outlives who asked. Without a job it tells machine and versions, and the GPUs that
+layers would go to. Interrupts are left to the parent, which kills it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from autoglm_gguf.bench.report import (
     Versions,
 )
 from autoglm_gguf.config import SamplingParams
-from autoglm_gguf.devices import probe_memory, usable_cores
+from autoglm_gguf.devices import choose_devices, probe_devices, probe_memory, usable_cores
 from autoglm_gguf.engine.llama import LlamaEngine
 from autoglm_gguf.errors import AutoGLMError, ContextFullError
 from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
-from autoglm_gguf.native.ggml import Device, list_devices
+from autoglm_gguf.native.ggml import Device
 from autoglm_gguf.native.library import LLAMA_CPP_COMMIT, PINNED_VERSION, buffer_report
 from autoglm_gguf.session import AutoGLM
 from autoglm_gguf.vision import Pixels, read_pixels
@@ -76,7 +76,7 @@ def main() -> None:
         _log_to_stderr()
     try:
         if asked["job"] is None:
-            _probe(say)
+            _probe(say, asked["device"])
         else:
             _measure(Job(**asked["job"]), say)
         say({"event": "done"})
@@ -109,8 +109,9 @@ def _log_to_stderr() -> None:
 # --- machine and versions ---
 
 
-def _probe(say: Say) -> None:
-    devices = list_devices()
+def _probe(say: Say, wanted: str | None) -> None:
+    devices = probe_devices()
+    gpus = [device.name for device in choose_devices(devices, wanted)]
     memory = probe_memory()
     processor = next((d.description for d in devices if d.kind == _CPU), "")
     machine = Machine(
@@ -123,11 +124,18 @@ def _probe(say: Say) -> None:
     versions = Versions(
         package=autoglm_gguf.__version__,
         python=platform.python_version(),
-        llama_cpp_python=PINNED_VERSION,  # list_devices has refused every other one
+        llama_cpp_python=PINNED_VERSION,  # probe_devices has refused every other one
         llama_cpp=LLAMA_CPP_COMMIT,
         backends=tuple(sorted({device.backend for device in devices})),
     )
-    say({"event": "probed", "machine": asdict(machine), "versions": asdict(versions)})
+    say(
+        {
+            "event": "probed",
+            "machine": asdict(machine),
+            "versions": asdict(versions),
+            "gpus": gpus,
+        }
+    )
 
 
 def _facts(device: Device) -> DeviceFacts:
@@ -150,7 +158,14 @@ def _measure(job: Job, say: Say) -> None:
     with buffer_report() as buffers:
         engine = _load(job, plan)
     try:
-        say({"event": "planned", "chosen": _chosen(plan), "notes": list(engine.info.notes)})
+        say(
+            {
+                "event": "planned",
+                "chosen": _chosen(plan),
+                "devices": plan.devices,
+                "notes": engine.info.notes,
+            }
+        )
         screen = _screen(job, engine)
         for run in range(1 + job.repeats):
             figures = [*_run(engine, job, screen, _stages(say, run))]
@@ -188,8 +203,13 @@ def _load(job: Job, plan: MemoryPlan) -> LlamaEngine:
 def _chosen(plan: MemoryPlan) -> dict[str, Any]:
     context = asdict(plan.context)
     context["n_threads"] = plan.context.n_threads or usable_cores()
-    streamed = len(plan.places.streamed)
-    return {**context, "weights": plan.weights, "tower": plan.tower, "streamed_layers": streamed}
+    return {
+        **context,
+        "weights": plan.weights,
+        "streamed_layers": len(plan.places.streamed),
+        "tower": plan.tower,
+        "tower_on_device": plan.tower_on_device,
+    }
 
 
 def _held(engine: LlamaEngine, plan: MemoryPlan, buffers: dict[tuple[str, str], int]) -> Held:
@@ -199,6 +219,7 @@ def _held(engine: LlamaEngine, plan: MemoryPlan, buffers: dict[tuple[str, str], 
         places[place] = places.get(place, 0) + n_bytes
     return Held(
         planned_bytes=plan.peak_bytes,
+        planned_device_bytes=plan.device_bytes,
         peak_bytes=0 if usage is None else usage.peak_bytes,
         anonymous_bytes=0 if usage is None else usage.anonymous_bytes,
         mapped_bytes=0 if usage is None else usage.mapped_bytes,

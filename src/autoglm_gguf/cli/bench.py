@@ -25,7 +25,7 @@ from autoglm_gguf.bench.report import (
     read_report,
     write_report,
 )
-from autoglm_gguf.bench.sweep import SCREEN, Bench, Stage, parse_layers
+from autoglm_gguf.bench.sweep import SCREEN, Bench, Stage, parse_sweep
 from autoglm_gguf.cli import options, output
 from autoglm_gguf.errors import BenchError
 from autoglm_gguf.memory.budget import parse_budget
@@ -104,7 +104,7 @@ def _layers(arguments: argparse.Namespace) -> Sequence[int | str] | None:
         return None
     if arguments.n_gpu_layers is not None:
         raise ValueError("--n-gpu-layers: a sweep chooses it (give its values with --layers)")
-    return () if arguments.layers is None else parse_layers(arguments.layers)
+    return () if arguments.layers is None else parse_sweep(arguments.layers)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

@@ -31,7 +31,7 @@ def test_table_has_a_row_for_each_configuration_and_units() -> None:
     failed = make_result(20, measures=(), held=None, failed="killed by SIGABRT")
     lines = list(draw_table(make_report(make_result(0), failed, make_result(41, 4.0))))
     at = next(n for n, line in enumerate(lines) if line.startswith("n_gpu_layers "))
-    heads = ["n_gpu_layers", "load", "prefill", "first token", "decode", "peak", "on devices"]
+    heads = ["n_gpu_layers", "load", "prefill", "ttft", "decode", "peak", "on devices"]
     assert cells(lines[at]) == heads
     assert lines[at + 1].split() == ["512", "512", "64"]
     assert lines[at + 2].split() == ["s", "tok/s", "s", "tok/s"]
@@ -135,8 +135,9 @@ def test_bench_of_a_model_that_fits_nowhere_exits_with_1(
 ) -> None:
     assert main(["bench", str(random_pair[0]), *SMALL, "--memory-budget", "2MB"]) == 1
     printed = capsys.readouterr()
-    assert "n_gpu_layers auto: failed: " in printed.out
-    assert "error: random-Q8_0.gguf: not measured (" in printed.err
+    assert printed.out == ""
+    assert "n_gpu_layers auto: failed: " in printed.err
+    assert "error: random-Q8_0.gguf: nothing measured to its end (" in printed.err
 
 
 def test_compare_prints_ratios_and_differences(
@@ -149,7 +150,7 @@ def test_compare_prints_ratios_and_differences(
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith(", interrupted")
     assert ["0", "decode 64", "10.0 tok/s", "20.0 tok/s", "2.00", "faster"] in map(cells, lines)
-    assert ["0", "peak memory", "3.00 GB", "3.00 GB", "1.00", "the same"] in map(cells, lines)
+    assert ["0", "peak_memory", "3.00 GB", "3.00 GB", "1.00", "the same"] in map(cells, lines)
     assert main(["bench", "--compare", *paths, "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert [ratio["ratio"] for ratio in value["ratios"]] == [0.5, 2.0, 0.5, 2.0, 1.0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,6 @@ from autoglm_gguf.cli import options, output
 from autoglm_gguf.errors import BenchError
 from autoglm_gguf.memory.budget import parse_budget
 from autoglm_gguf.units import format_bytes
-
-_NAMES = {
-    "load": "load",
-    "prefill": "prefill",
-    "ttft": "first token",
-    "decode": "decode",
-    "image_encode": "image encode",
-    "image_prefill": "image prefill",
-    "image_ttft": "image, first token",
-    "peak_memory": "peak memory",
-}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -95,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     _finish(bench.report, arguments)
     failed = [result.failed for result in bench.report.results if result.failed is not None]
     if len(failed) == len(bench.report.results):
-        raise BenchError(f"{bench.report.model.file}: not measured ({failed[0]})")
+        raise BenchError(f"{bench.report.model.file}: nothing measured to its end ({failed[0]})")
 
 
 def _layers(arguments: argparse.Namespace) -> Sequence[int | str] | None:
@@ -131,16 +120,17 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _finish(report: Report, arguments: argparse.Namespace) -> None:
-    """Print what there is, then write the files."""
+    """Print what there is, then write the files; without a figure there is no table."""
+    measured = any(result.measures for result in report.results)
     if arguments.json:
         output.write_json(asdict(report))
-    else:
+    elif measured:
         for line in draw_table(report):
             output.write(line)
     if arguments.save is not None:
         write_report(arguments.save, report)
         output.note(f"saved: {arguments.save}")
-    if arguments.plot is not None and any(result.measures for result in report.results):
+    if arguments.plot is not None and measured:
         draw_report(arguments.plot, report)
         output.note(f"plot: {arguments.plot}")
 
@@ -173,7 +163,7 @@ def _summary(report: Report, result: Result) -> str:
     found = [f"failed: {result.failed}"] if result.failed is not None else []
     for name in ("prefill", "decode"):
         if (measure := result.find(name)) is not None:
-            found.append(f"{_NAMES[name]} {_digits(measure.median)} {measure.unit}")
+            found.append(f"{name} {_digits(measure.median)} {measure.unit}")
     if result.held is not None:
         found.append(f"{format_bytes(result.held.peak_bytes)} at most")
     return f"n_gpu_layers {report.label(result)}: {', '.join(found)}"
@@ -187,7 +177,7 @@ def draw_table(report: Report) -> Iterator[str]:
     yield from _heading(report)
     columns = dict.fromkeys((m.name, m.n) for result in report.results for m in result.measures)
     rows = [
-        ["n_gpu_layers", *(_NAMES.get(name, name) for name, _ in columns), "peak", "on devices"],
+        ["n_gpu_layers", *(name for name, _ in columns), "peak", "on devices"],
         ["", *(str(n or "") for _, n in columns), "", ""],
         ["", *(_unit(report, *column) for column in columns), "", ""],
     ]
@@ -222,7 +212,8 @@ def _heading(report: Report) -> Iterator[str]:
     budget = settings.memory_budget_bytes
     told = "no memory budget" if budget is None else f"memory budget {format_bytes(budget)}"
     given = "".join(f", {key} {value}" for key, value in settings.context.items())
-    yield f"medians of {settings.repeats}, ± half the spread; {told}{given}"
+    n = settings.repeats
+    yield f"{f'medians of {n}, ± half the spread' if n > 1 else 'one run'}; {told}{given}"
     yield ""
 
 
@@ -256,12 +247,15 @@ def _digits(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
-def _align(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns to the right, the first one to the left."""
+def _align(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> Iterator[str]:
+    """Columns to the right, but for some."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        cells = (f"{text:>{width}}" for text, width in zip(rest, widths[1:], strict=True))
-        yield f"{first:<{widths[0]}}  {'  '.join(cells)}".rstrip()
+    for row in rows:
+        cells = (
+            f"{text:<{width}}" if at in left else f"{text:>{width}}"
+            for at, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
 
 
 def _remarks(report: Report) -> Iterator[str]:
@@ -302,10 +296,10 @@ def draw_comparison(found: Comparison) -> Iterator[str]:
     yield ""
     rows = [["n_gpu_layers", "", "A", "B", "B / A", ""]]
     for ratio in found.ratios:
-        name = f"{_NAMES.get(ratio.name, ratio.name)} {ratio.n or ''}".strip()
+        name = f"{ratio.name} {ratio.n or ''}".strip()
         figures = (_figure(ratio, value) for value in (ratio.a, ratio.b))
         rows.append([ratio.label, name, *figures, f"{ratio.ratio:.2f}", ratio.verdict])
-    yield from _align(rows)
+    yield from _align(rows, left=(0, 1, 5))
     yield from found.unmatched
     if not found.ratios:
         yield "nothing in common: no configuration and size was measured in both"

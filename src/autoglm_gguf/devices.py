@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autoglm_gguf.native.ggml import Device
 
+from autoglm_gguf.native.pages import LINUX
+
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS = Path("/proc/self/cgroup")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -43,8 +45,8 @@ def probe_memory() -> MachineMemory | None:
     Returns:
         None where the system does not say (no /proc, and psutil is not installed).
     """
-    machine = _linux_memory() if sys.platform.startswith("linux") else _other_memory()
-    group = _cgroup_memory() if sys.platform.startswith("linux") else None
+    machine = _linux_memory() if sys.platform in LINUX else _other_memory()
+    group = _cgroup_memory() if sys.platform in LINUX else None
     if machine is None or group is None:
         return machine
     return min((machine, group), key=lambda memory: memory.available_bytes)

@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoglm_gguf.native.pages import LINUX
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): sets VmHWM to the present resident set
@@ -43,7 +45,7 @@ def measure_memory() -> MemoryUsage | None:
     Returns:
         None where the system does not say.
     """
-    if sys.platform.startswith("linux"):
+    if sys.platform in LINUX:
         return _linux()
     if sys.platform == "darwin":
         return _macos()

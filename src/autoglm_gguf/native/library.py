@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import logging
 import re
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -112,7 +113,8 @@ def engine_error(what: str, *, hint: str = "") -> EngineError:
 
 def _import(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with _android_as_linux():
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise NativeLibraryError(
             f"llama-cpp-python: not installed ({error})",
@@ -123,6 +125,23 @@ def _import(name: str) -> ModuleType:
             f"llama-cpp-python: its library cannot be loaded ({error})",
             hint=f"pip install --force-reinstall --no-cache-dir llama-cpp-python=={PINNED_VERSION}",
         ) from error
+
+
+@contextlib.contextmanager
+def _android_as_linux() -> Iterator[None]:
+    """Let llama-cpp-python load on Android as it does on Linux.
+
+    Its loader knows Linux's file names and refuses the platform that Python 3.13 calls "android"
+    ("Unsupported platform"), though the names are the same.
+    """
+    if sys.platform != "android":
+        yield
+        return
+    sys.platform = "linux"
+    try:
+        yield
+    finally:
+        sys.platform = "android"
 
 
 def _check_layout(llama: ModuleType) -> None:

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-IS_LINUX = sys.platform.startswith("linux")
+LINUX = ("linux", "android")
+"""What ``sys.platform`` may be on Linux: Termux's Python 3.13 says android (PEP 738)."""
+IS_LINUX = sys.platform in LINUX
 IS_MACOS = sys.platform == "darwin"
 SUPPORTED = IS_LINUX or IS_MACOS
 _PART_BYTES = 4 << 20

@@ -60,6 +60,17 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         help="layers on the GPU: a number, all, or auto: as many as fit (default: auto)",
     )
     add("--device", metavar="NAME", help="the GPU, as doctor lists it (default: the best)")
+    add(
+        "--no-kv-offload",
+        dest="offload_kqv",
+        action="store_false",
+        help="keep the KV cache in main memory",
+    )
+    add(
+        "--mmproj-offload",
+        action=argparse.BooleanOptionalAction,
+        help="run the vision tower on the GPU (default: yes, but for Vulkan)",
+    )
     add("--type-k", choices=CACHE_TYPES, help=f"K cache type (default: {default.type_k})")
     add("--type-v", choices=CACHE_TYPES, help=f"V cache type (default: {default.type_v})")
     add(
@@ -104,7 +115,10 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def memory_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The memory options as keyword arguments of `plan_memory`: only the sizes that were given."""
-    keys = ("n_ctx", "n_batch", "n_gpu_layers", "device", "type_k", "type_v", "max_image_tokens")
+    keys = (
+        *("n_ctx", "n_batch", "n_gpu_layers", "device", "offload_kqv", "mmproj_offload"),
+        *("type_k", "type_v", "max_image_tokens"),
+    )
     chosen = {key: getattr(arguments, key) for key in keys}
     given = {key: value for key, value in chosen.items() if value is not None}
     return {"memory_budget": arguments.memory_budget, **given}

@@ -42,7 +42,8 @@ class ContextParams:
     """Upper bound for one image; None leaves the model's own."""
 
     def __post_init__(self) -> None:
-        _check_ints(self, "n_ctx", "n_gpu_layers", "n_threads", "n_batch", "max_image_tokens")
+        _check_ints(self, "n_threads", "max_image_tokens")
+        _check_ints(self, "n_ctx", "n_gpu_layers", "n_batch", may_be_none=False)
         for name, flag in (("flash_attn", self.flash_attn), ("offload_kqv", self.offload_kqv)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} {flag!r}: not True or False")
@@ -111,10 +112,12 @@ class SamplingParams:
             raise ValueError("stop: a tuple of strings that are not empty")
 
 
-def _check_ints(values: object, *fields: str) -> None:
+def _check_ints(values: object, *fields: str, may_be_none: bool = True) -> None:
     for field in fields:
         value = getattr(values, field)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        if value is None and may_be_none:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{field} {value!r}: not an int")
 
 

@@ -48,3 +48,9 @@ def test_budget_of_another_type_is_a_type_error(nonsense: object) -> None:
 def test_budget_error_tells_how_to_write_one() -> None:
     with pytest.raises(ValueError, match=r"'4 GB of fun'.*4GB.*none lifts it"):
         parse_budget("4 GB of fun")
+
+
+@pytest.mark.parametrize("absurd", [10**400, "9" * 5000, "99999999999999999999999TB"])
+def test_absurd_budget_is_told_in_our_words(absurd: int | str) -> None:
+    with pytest.raises(ValueError, match=r"^memory budget: .*none lifts it$"):
+        parse_budget(absurd)

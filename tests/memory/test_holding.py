@@ -39,8 +39,9 @@ IMAGE = 3188 * 512 * 4  # 5,000,000 pixels of two frames, 28 x 28 each: 3188 tok
 def test_items_of_a_mapped_model_are_the_sums_made_by_hand() -> None:
     items = by_name(hold().items(choose(), UNBOUNDED))
     assert items["process"] == (FLOOR,) * 3
-    assert items["kv_cache"] == (KV_CACHE,) * 3
-    assert items["compute"] == (COMPUTE,) * 3
+    assert items["loading"] == (1000 * 115, 0, 0)
+    assert items["kv_cache"] == (0, KV_CACHE, KV_CACHE)
+    assert items["compute"] == (0, COMPUTE, COMPUTE)
     assert items["weights"] == (88 * MB,) * 3
     assert items["tower"] == (0, 40 * MB, 40 * MB)
     assert items["image"] == (0, 1080 * 2400 * 8 + 2 * IMAGE, 1080 * 2400 * 8 + IMAGE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,20 @@ def test_weights_that_cannot_be_paged_neither_stream_nor_give_way(
     assert not any(p.places.yielding for p in found)
     with pytest.raises(DoesNotFitError, match="cannot be streamed on this system"):
         plan(DEEP, 10**9)
+
+
+@needs_streaming
+def test_layers_that_are_scattered_in_the_file_are_not_streamed() -> None:
+    described = describe_sizes(layer_bytes=(10 * MB,) * 8, tower_bytes=0)
+    tensors = dict(described.text.tensors)
+    last = tensors["blk.7.ffn_up.weight"]
+    first = replace(last, name="blk.0.ffn_down.weight")  # at the other end of the file
+    tensors[first.name] = first
+    scattered = replace(described, text=replace(described.text, tensors=tensors))
+    budget = 150 * MB
+    assert plan_pair(described, ContextParams(n_ctx=512), budget).weights == "streamed"
+    with pytest.raises(DoesNotFitError, match="its layers are scattered in the file"):
+        plan_pair(scattered, ContextParams(n_ctx=512), budget)
 
 
 # --- what was given ---

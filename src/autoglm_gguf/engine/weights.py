@@ -35,7 +35,7 @@ def load_weights(header: Header, params: ContextParams, plan: MemoryPlan | None)
         placement = Placement(copied=_copied(header, plan))
     passes_through = plan is not None and plan.weights != "repacked" and bool(plan.devices)
     watched = plan is not None and (plan.weights == "streamed" or passes_through)
-    with LoadWatch(header.path, _mapped_span(header, placement), enabled=watched) as watch:
+    with LoadWatch(header.path, enabled=watched) as watch:
         return LlamaModel(
             header.path,
             n_gpu_layers=params.n_gpu_layers,
@@ -43,15 +43,6 @@ def load_weights(header: Header, params: ContextParams, plan: MemoryPlan | None)
             placement=placement,
             on_tensor=watch.look,
         )
-
-
-def _mapped_span(header: Header, placement: Placement) -> tuple[int, int]:
-    """From the first to the last file byte of the tensors that are not copied."""
-    left = [t for t in header.tensors.values() if t.name not in placement.copied]
-    return (
-        min((t.offset for t in left), default=0),
-        max((t.offset + t.n_bytes for t in left), default=0),
-    )
 
 
 def open_residency(

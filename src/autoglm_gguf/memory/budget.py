@@ -9,7 +9,8 @@ from autoglm_gguf.units import parse_bytes
 Budget: TypeAlias = int | str | None
 DEFAULT_BUDGET = "4GB"
 NO_BUDGET = "none"
-_MIN_BUDGET_BYTES = 10**6
+_MIN_BUDGET_BYTES, _MAX_BUDGET_BYTES = 10**6, 2**60
+_LONGEST = 40  # characters of a size that anyone means
 
 
 def parse_budget(budget: Budget) -> int | None:
@@ -27,10 +28,16 @@ def parse_budget(budget: Budget) -> int | None:
     if isinstance(n_bytes, str):
         if n_bytes.strip().lower() == NO_BUDGET:
             return None
+        if len(n_bytes) > _LONGEST:
+            raise ValueError("memory budget: not a size (write for example 4GB); none lifts it")
         try:
             n_bytes = parse_bytes(n_bytes)
         except ValueError as error:
             raise ValueError(f"memory budget {error}; none lifts it") from error
+    if n_bytes > _MAX_BUDGET_BYTES:
+        raise ValueError("memory budget: more than any machine has; none lifts it")
     if n_bytes < _MIN_BUDGET_BYTES:
-        raise ValueError(f"memory budget {budget!r}: under a megabyte (write for example 4GB)")
+        raise ValueError(
+            f"memory budget {budget!r}: under a megabyte (write for example 4GB); none lifts it"
+        )
     return n_bytes

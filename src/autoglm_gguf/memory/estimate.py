@@ -25,10 +25,12 @@ _CACHE_BLOCKS: dict[CacheType, tuple[int, int]] = {  # elements, bytes
 }
 _CELLS_PER_PAD = 256  # llama.cpp rounds n_ctx up to it
 _F32, _F16 = 4, 2
+_MAX_ALIGNMENT = 4096  # between tensors; 32 unless the file says otherwise
 # What llama.cpp keeps of a vocabulary, measured with the published model's 151,552 tokens (6 bytes
 # each on average) and 302,077 merges: two tables of tokens, one of merge ranks.
 _BYTES_PER_TOKEN = 130
 _BYTES_PER_MERGE = 110
+_BYTES_PER_STRING = 115  # tokens and merges as the file has them, freed after the load; measured
 _TOWER_BYTES = 4_400_000  # libmtmd's own, beside the weights; measured with two towers
 
 
@@ -151,6 +153,18 @@ def layer_span(header: Header, layer: int) -> tuple[int, int]:
     return min(t.offset for t in inside), max(t.offset + t.n_bytes for t in inside)
 
 
+def layers_lie_together(header: Header) -> bool:
+    """Whether each layer's tensors are side by side, as `convert` writes them."""
+    held: dict[int, int] = {}
+    for tensor in header.tensors.values():
+        layer = layer_of(tensor.name)
+        if layer is not None:
+            held[layer] = held.get(layer, 0) + tensor.n_bytes + _MAX_ALIGNMENT
+    return all(
+        end - start <= held[layer] for layer in held for start, end in [layer_span(header, layer)]
+    )
+
+
 def kv_cache_bytes(shape: TextShape, n_ctx: int, type_k: CacheType, type_v: CacheType) -> int:
     """The KV cache of one sequence: n_ctx rounded up to 256 cells."""
     width = shape.n_heads_kv * shape.head_dim
@@ -229,6 +243,11 @@ def output_bytes(shape: TextShape, n_outputs: int = 1) -> int:
 def vocabulary_bytes(shape: TextShape) -> int:
     """What llama.cpp keeps of the tokens and merges."""
     return shape.n_vocab * _BYTES_PER_TOKEN + shape.n_merges * _BYTES_PER_MERGE
+
+
+def loading_bytes(shape: TextShape) -> int:
+    """What llama.cpp holds of the file's tokens and merges while it loads."""
+    return (shape.n_vocab + shape.n_merges) * _BYTES_PER_STRING
 
 
 def encode_bytes(shape: TowerShape, n_image_tokens: int) -> int:

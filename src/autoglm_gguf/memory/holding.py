@@ -14,6 +14,7 @@ from autoglm_gguf.gguf.describe import ModelDescription
 from autoglm_gguf.memory import estimate
 from autoglm_gguf.memory.estimate import TextShape, TowerShape
 from autoglm_gguf.memory.residency import LAYERS_AHEAD
+from autoglm_gguf.native import pages
 from autoglm_gguf.native.ggml import Device, can_repack
 
 Weights: TypeAlias = Literal["repacked", "mapped", "streamed"]
@@ -87,6 +88,8 @@ class Holding:
         self.repacks = _repacks(described)
         """Most of the layers' weights have faster kernels in another order on this CPU."""
         self.devices = tuple(devices)
+        self.can_page = pages.SUPPORTED and estimate.layers_lie_together(described.text)
+        """Layers can be dropped and read one by one."""
         self._limits = described.vision
         self._floor_bytes = floor_bytes
         # While a tensor is copied, its pages are in the mapping too.
@@ -209,7 +212,12 @@ class Holding:
             ("kv_cache", kv_cache - kv_away, cells),
             ("compute", compute + work + estimate.output_bytes(text), batch),
         )
-        items = [Item(name, n, n, n, reason) for name, n, reason in own]
+        # KV cache and compute come after the weights, when what was held for loading has gone.
+        later = ("kv_cache", "compute")
+        items = [Item(name, 0 if name in later else n, n, n, reason) for name, n, reason in own]
+        items.insert(
+            2, Item("loading", estimate.loading_bytes(text), 0, 0, "the file's vocabulary")
+        )
         if params.n_gpu_layers:
             where = "on " + ", ".join(device.name for device in self.devices)
             away = (
@@ -217,7 +225,10 @@ class Holding:
                 ("gpu_kv_cache", kv_away, f"of these layers, {where}"),
                 ("gpu_compute", estimate.device_graph_bytes(text, params), f"{batch}, {where}"),
             )
-            items += [Item(name, n, n, n, reason, on_device=True) for name, n, reason in away]
+            items += [
+                Item(name, n if name == "gpu_weights" else 0, n, n, reason, on_device=True)
+                for name, n, reason in away
+            ]
         return items
 
     def _vision(self, choice: Choice) -> list[Item]:

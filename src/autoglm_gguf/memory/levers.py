@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 from autoglm_gguf.config import CacheType, ContextParams
 from autoglm_gguf.memory.estimate import cache_type_fits
 from autoglm_gguf.memory.holding import Choice, Holding, Weights
-from autoglm_gguf.native import pages
 
 UNBOUNDED = 2**62
 """More than any machine has: what may be used without a budget."""
@@ -111,7 +110,7 @@ class Search:
             yield _setting(type_k=_SMALL_CACHE, type_v=_SMALL_CACHE)
         if self.first.weights == "repacked":
             yield lambda c: replace(c, weights="mapped")
-        if holding.tower is not None and pages.SUPPORTED and not self._maps_away(params):
+        if holding.tower is not None and self.holding.can_page and not self._maps_away(params):
             yield lambda c: replace(c, weights="mapped", gives_way=True)
         if holding.tower is not None and "max_image_tokens" not in fixed:
             most = holding.image_tokens(params)
@@ -119,7 +118,7 @@ class Search:
         if "n_ctx" not in fixed:
             least = (params.max_image_tokens or 0) + _ROOM_FOR_WORDS
             yield from (_setting(n_ctx=n) for n in _SMALLER_N_CTX if least <= n < params.n_ctx)
-        if pages.SUPPORTED and not self._maps_away(params):
+        if self.holding.can_page and not self._maps_away(params):
             yield lambda c: replace(c, weights="streamed", gives_way=True)
 
     def _maps_away(self, params: ContextParams) -> bool:

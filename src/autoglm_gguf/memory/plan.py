@@ -390,7 +390,9 @@ class _Planner:
         choice = self._search.find(least) or self._search.first
         phases = self._holding.phases(choice, usable_bytes(least))
         phase = max(phases, key=lambda name: phases[name])
-        streams = "" if pages.SUPPORTED else "; weights cannot be streamed on this system"
+        streams = "" if self._holding.can_page else "; weights cannot be streamed on this system"
+        if pages.SUPPORTED and streams:
+            streams = "; its layers are scattered in the file, so they cannot be streamed"
         return DoesNotFitError(
             f"{self._name}: does not fit {format_bytes(budget_bytes)} (at {phase} it needs "
             f"{least // MEGABYTE}MB with n_ctx {choice.params.n_ctx} and every lever "

@@ -32,28 +32,28 @@ class LoadWatch:
 
     Args:
         path: The file that is being mapped.
-        span: The file bytes that stay mapped. At its end the load unmaps what lies around them,
-            and dropping pages there would empty whatever memory comes to lie in its place.
         enabled: Do nothing if False.
     """
 
-    def __init__(self, path: Path, span: Span, *, enabled: bool = True) -> None:
-        self._path, self._span = path, span
+    def __init__(self, path: Path, *, enabled: bool = True) -> None:
+        self._path = path
         self._enabled = enabled and pages.SUPPORTED
         self._descriptor = -1
-        self._mappings: list[pages.Mapping] = []
+        self._is_first = True
         self._undo = contextlib.ExitStack()
 
     def look(self) -> None:
         """Drop the pages that were touched since the last look."""
         if not self._enabled:
             return
-        if not self._mappings:
-            self._mappings = pages.find_mappings(self._path)
-            for mapping in self._mappings:
+        # Found anew each time: at its end the load unmaps what it has copied, and dropping pages
+        # there would empty whatever memory comes to lie in its place.
+        for mapping in pages.find_mappings(self._path):
+            if self._is_first:
                 pages.expect_any_reads(mapping)
-        for mapping in self._mappings:
-            pages.drop_pages(mapping, *self._span, self._descriptor)
+            end = mapping.offset + mapping.n_bytes
+            pages.drop_pages(mapping, mapping.offset, end, self._descriptor)
+        self._is_first = False
 
     def __enter__(self) -> LoadWatch:
         if self._enabled:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from autoglm_gguf.config import CacheType, ContextParams, SamplingParams
 from autoglm_gguf.errors import ContextFullError
 from autoglm_gguf.native.ggml import GGMLType, device_handle, tensor_name
+from autoglm_gguf.native.interrupts import HeldInterrupts
 from autoglm_gguf.native.library import clear_errors, engine_error, load_llama
 
 _CACHE_TYPES: dict[CacheType, GGMLType] = {
@@ -87,15 +88,21 @@ class LlamaModel:
         if placement.copied:
             params.tensor_buft_overrides = ctypes.addressof(overrides)
 
+        interrupts = HeldInterrupts()
+
         def on_progress(_share: float, _data: Any) -> bool:
             if on_tensor is not None:
                 on_tensor()
-            return True
+            return not interrupts.ends_work  # False ends the load
 
         callback = self._llama.llama_progress_callback(on_progress)  # lives until the load is done
         params.progress_callback = callback
         clear_errors()
-        self.handle = self._llama.llama_model_load_from_file(str(path).encode(), params)
+        self.handle = None
+        with interrupts:
+            self.handle = self._llama.llama_model_load_from_file(str(path).encode(), params)
+            if self.handle and interrupts.ends_work:
+                self.close()
         if not self.handle:
             raise engine_error(f"{path.name}: llama.cpp could not load the model")
         self._vocab = self._llama.llama_model_get_vocab(self.handle)
@@ -180,11 +187,12 @@ class LlamaContext:
         raw.offload_kqv = params.offload_kqv
         raw.op_offload = False  # what stays on the CPU is computed there: the plan counts on it
         raw.no_perf = True
+        self._interrupts = HeldInterrupts()
         self._callback = None  # kept as long as llama.cpp may call it
         if on_layer is not None:
             names = {f"l_out-{n}".encode(): n for n in watched_layers}
             self._callback = self._llama.ggml_backend_sched_eval_callback(
-                partial(_on_node, names, on_layer)
+                partial(self._on_node, names, on_layer)
             )
             raw.cb_eval = self._callback
         clear_errors()
@@ -274,11 +282,30 @@ class LlamaContext:
         batch.pos = _as(positions, ctypes.c_int32)
         batch.logits = _as(wanted, ctypes.c_int8)
         clear_errors()
-        status = int(self._llama.llama_decode(self.handle, batch))
+        if self._callback is None:
+            status = int(self._llama.llama_decode(self.handle, batch))
+        else:
+            with HeldInterrupts() as self._interrupts:
+                status = int(self._llama.llama_decode(self.handle, batch))
         if status != 0:
             raise engine_error(f"llama.cpp: decode failed (status {status})")
         self.n_past += n
         self._n_outputs = n_outputs
+
+    def _on_node(
+        self,
+        names: dict[bytes, int],
+        on_layer: Callable[[int], None],
+        tensor: int,
+        ask: bool,
+        _: Any,
+    ) -> bool:
+        """llama.cpp asks for every node whether it is wanted, and calls again when it is done."""
+        layer = names.get(tensor_name(tensor))
+        if not ask and layer is not None:
+            on_layer(layer)
+            return not self._interrupts.ends_work  # False ends the batch, which is not counted then
+        return layer is not None or not ask
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits ``(n_vocab,)`` of one of the last batch's outputs; a view until the next batch."""
@@ -358,16 +385,6 @@ class SamplerChain:
         if self.handle:
             self._llama.llama_sampler_free(self.handle)
             self.handle = None
-
-
-def _on_node(
-    names: dict[bytes, int], on_layer: Callable[[int], None], tensor: int, ask: bool, _: Any
-) -> bool:
-    """llama.cpp asks for every node whether it is wanted, and calls again when that one is done."""
-    layer = names.get(tensor_name(tensor))
-    if not ask and layer is not None:
-        on_layer(layer)
-    return layer is not None or not ask
 
 
 class _Override(ctypes.Structure):

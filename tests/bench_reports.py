@@ -45,7 +45,7 @@ def make_report(*results: Result, **changed: Any) -> Report:
         machine=Machine("Linux 6.1 x86_64", "A CPU", 8, 16 * GB, (gpu,)),
         versions=Versions("0.1.0", "3.11.2", "0.3.36", "0c1e57098", ("CPU", "Vulkan")),
         model=ModelFacts("m-Q4_0.gguf", 5 * GB, "glm4", 40, {"Q4_0": 5 * GB}),
-        settings=Settings((512,), 64, 3, 0.0, None, 4 * GB),
+        settings=Settings((512,), 64, 3, 0.0, None, 4 * GB, True),
         results=results or (make_result(0), make_result(41, 4.0)),
     )
     return replace(report, **changed)

@@ -26,7 +26,9 @@ SHAPE = {
     "machine.devices": "name description backend kind total_bytes",
     "versions": "package python llama_cpp_python llama_cpp backends",
     "model": "file file_bytes architecture block_count types mmproj mmproj_bytes mmproj_types",
-    "settings": "prompt_n predicted_n repeats pause_s screen memory_budget_bytes context",
+    "settings": (
+        "prompt_n predicted_n repeats pause_s screen memory_budget_bytes self_test context"
+    ),
     "results": "n_gpu_layers devices chosen measures held notes failed",
     "results.measures": "name n unit values median low high",
     "results.held": (

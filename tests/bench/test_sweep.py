@@ -21,6 +21,7 @@ SMALL = Settings(
     pause_s=0.0,
     screen=(112, 224),
     memory_budget_bytes=4 * 10**9,
+    self_test=True,
     context={"n_ctx": 256},
 )
 

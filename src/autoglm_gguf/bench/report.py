@@ -93,6 +93,8 @@ class Settings:
     screen: tuple[int, int] | None
     """Width and height of the screenshot, in pixels; None: no image is encoded."""
     memory_budget_bytes: int | None
+    self_test: bool
+    """GPUs are compared with the CPU, once they are measured."""
     context: dict[str, Any] = field(default_factory=dict)
     """Fields of `ContextParams` that were given."""
 

@@ -157,6 +157,7 @@ class Bench:
             prompt_n=list(settings.prompt_n),
             predicted_n=settings.predicted_n,
             repeats=settings.repeats,
+            self_test=settings.self_test,
             screen=None if settings.screen is None else list(settings.screen),
         )
         try:
@@ -203,6 +204,8 @@ class _Gathered:
             self.chosen, self.notes = message["chosen"], message["notes"]
             self.devices = tuple(message["devices"])
             self.n_gpu_layers = self.chosen["n_gpu_layers"]
+        elif event == "noted":
+            self.notes = [*self.notes, *message["notes"]]
         elif event == "held":
             self.held = Held(**message)
         elif event == "figures":

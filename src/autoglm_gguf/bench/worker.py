@@ -32,6 +32,7 @@ from autoglm_gguf.bench.report import (
 from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.devices import choose_devices, probe_devices, probe_memory, usable_cores
 from autoglm_gguf.engine.llama import LlamaEngine
+from autoglm_gguf.engine.loading import load_engine
 from autoglm_gguf.errors import AutoGLMError, ContextFullError
 from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
 from autoglm_gguf.native.ggml import Device
@@ -39,6 +40,7 @@ from autoglm_gguf.native.library import LLAMA_CPP_COMMIT, PINNED_VERSION, buffer
 from autoglm_gguf.session import AutoGLM
 from autoglm_gguf.vision import Pixels, read_pixels
 
+SELF_TEST = "self-test"
 Say = Callable[[dict[str, Any]], None]
 Figure = tuple[str, int, str, float]
 """Name, tokens, unit and value of one measurement."""
@@ -57,6 +59,7 @@ class Job:
     prompt_n: list[int]
     predicted_n: int
     repeats: int
+    self_test: bool
     screen: list[int] | None = None
 
 
@@ -182,6 +185,19 @@ def _measure(job: Job, say: Say) -> None:
         elapsed = _milliseconds(began)
         engine.close()
         say({"event": "figures", "figures": [(LOAD, 0, MILLISECONDS, elapsed)]})
+    if job.self_test and plan.devices:
+        # Last: it loads the model for the CPU alone too, and belongs to no figure.
+        say({"event": "stage", "run": job.repeats, "what": SELF_TEST})
+        say({"event": "noted", "notes": _self_test(job)})
+
+
+def _self_test(job: Job) -> list[str]:
+    """What the device's answers are worth, in the words of every other load."""
+    engine = load_engine(
+        job.text, job.mmproj, job.memory_budget_bytes, self_test=True, context=job.context
+    )
+    engine.close()
+    return [note for note in engine.info.notes if note.startswith(SELF_TEST)]
 
 
 def _check_room(job: Job, plan: MemoryPlan) -> None:

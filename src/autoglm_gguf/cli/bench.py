@@ -45,6 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--repeats", type=int, default=3, metavar="N", help="besides the warm-up (default: 3)")
     add("--pause", type=float, default=0.0, metavar="S", help="seconds between configurations")
     add("--no-image", action="store_true", help="leave the screenshot out")
+    options.add_self_test_option(parser)
     add("--json", action="store_true", help="print everything as JSON")
     add("--save", type=Path, metavar="FILE", help="write everything as JSON, for --compare")
     add("--plot", type=Path, metavar="FILE", help=f"draw it ({' or '.join(SUFFIXES)})")
@@ -108,6 +109,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         pause_s=arguments.pause,
         screen=None if arguments.no_image else SCREEN,
         memory_budget_bytes=parse_budget(budget),
+        self_test=arguments.self_test,
         context=context,
     )
 

@@ -23,14 +23,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="openai",
         help="openai: as transformers renders; string: as the official server does",
     )
+    add_self_test_option(parser)
+    parser.add_argument(
+        "--stats", action="store_true", help="tell the memory that was planned and measured"
+    )
+
+
+def add_self_test_option(parser: argparse.ArgumentParser) -> None:
+    """Whether a GPU is compared with the CPU."""
     parser.add_argument(
         "--no-self-test",
         dest="self_test",
         action="store_false",
-        help="use a GPU without comparing it with the CPU first",
-    )
-    parser.add_argument(
-        "--stats", action="store_true", help="tell the memory that was planned and measured"
+        help="use a GPU without comparing it with the CPU",
     )
 
 

@@ -1,7 +1,7 @@
 """The Swift sources in examples/ios against the pinned llama.cpp and against our own constants.
 
-Reads them as text, so it runs without Swift; examples/ios/check.sh compiles and runs them. A rename in
-llama.cpp or in this package fails here, one line per name.
+Reads them as text, so it runs without Swift; examples/ios/check.sh compiles and runs them. A rename
+in llama.cpp or in this package fails here, one line per name.
 """
 
 from __future__ import annotations

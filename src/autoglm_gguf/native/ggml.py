@@ -216,6 +216,52 @@ def device_handle(name: str) -> int:
     return int(handle)
 
 
+def list_backends() -> list[str]:
+    """What the installed ggml was built for, devices or not: ``["Vulkan", "CPU"]``."""
+    lib = _lib()
+    names = (
+        lib.ggml_backend_reg_name(lib.ggml_backend_reg_get(index))
+        for index in range(lib.ggml_backend_reg_count())
+    )
+    return [name.decode("utf-8", "replace") for name in names]
+
+
+def can_compute(name: str) -> bool:
+    """Whether a device multiplies two small matrices of whole numbers exactly.
+
+    A build for another processor, or a broken driver, may end the process here instead.
+
+    Args:
+        name: As in `Device.name`.
+
+    Raises:
+        EngineError: There is no such device.
+    """
+    lib = _lib()
+    backend = lib.ggml_backend_dev_init(device_handle(name), None)
+    context = lib.ggml_init(_InitParams(_SMALL_GRAPH_BYTES, None, True))
+    rows = (np.arange(64 * 32, dtype=np.float32) % 7).reshape(64, 32)
+    columns = (np.arange(16 * 32, dtype=np.float32) % 5).reshape(16, 32)
+    found = np.empty((16, 64), np.float32)
+    try:
+        left, right = (lib.ggml_new_tensor_2d(context, 0, 32, n) for n in (64, 16))
+        product = lib.ggml_mul_mat(context, left, right)
+        graph = lib.ggml_new_graph(context)
+        lib.ggml_build_forward_expand(graph, product)
+        if not backend or not (buffer := lib.ggml_backend_alloc_ctx_tensors(context, backend)):
+            return False
+        for tensor, values in ((left, rows), (right, columns)):
+            lib.ggml_backend_tensor_set(tensor, _pointer(values), 0, values.nbytes)
+        done = lib.ggml_backend_graph_compute(backend, graph) == 0
+        lib.ggml_backend_tensor_get(product, _pointer(found), 0, found.nbytes)
+        lib.ggml_backend_buffer_free(buffer)
+        return bool(done and np.array_equal(found, columns @ rows.T))
+    finally:
+        lib.ggml_free(context)
+        if backend:
+            lib.ggml_backend_free(backend)
+
+
 def cpu_registry() -> int:
     """The CPU backend's ``ggml_backend_reg_t``."""
     device = _lib().ggml_backend_dev_by_type(_DEVICE_TYPE_CPU)
@@ -292,6 +338,7 @@ def tensor_name(tensor: int) -> bytes:
 
 
 _DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
+_SMALL_GRAPH_BYTES = 1 << 20  # metadata of a default graph and a handful of tensors
 _REPACK_ROWS = 64  # a multiple of every row interleaving ggml has
 
 
@@ -376,14 +423,25 @@ def _lib() -> ctypes.CDLL:
         "ggml_init": (pointer, [_InitParams]),
         "ggml_free": (None, [pointer]),
         "ggml_new_tensor_2d": (pointer, [pointer, enum, i64, i64]),
+        "ggml_mul_mat": (pointer, [pointer, pointer, pointer]),
+        "ggml_new_graph": (pointer, [pointer]),
+        "ggml_build_forward_expand": (None, [pointer, pointer]),
         "ggml_get_data": (pointer, [pointer]),
         "ggml_get_name": (ctypes.c_char_p, [pointer]),
         "ggml_backend_dev_count": (size, []),
         "ggml_backend_dev_get": (pointer, [size]),
         "ggml_backend_dev_get_props": (None, [pointer, ctypes.POINTER(_DeviceProps)]),
+        "ggml_backend_reg_count": (size, []),
+        "ggml_backend_reg_get": (pointer, [size]),
         "ggml_backend_reg_name": (ctypes.c_char_p, [pointer]),
         "ggml_backend_dev_by_type": (pointer, [enum]),
         "ggml_backend_dev_by_name": (pointer, [ctypes.c_char_p]),
+        "ggml_backend_dev_init": (pointer, [pointer, ctypes.c_char_p]),
+        "ggml_backend_free": (None, [pointer]),
+        "ggml_backend_alloc_ctx_tensors": (pointer, [pointer, pointer]),
+        "ggml_backend_tensor_set": (None, [pointer, pointer, size, size]),
+        "ggml_backend_tensor_get": (None, [pointer, pointer, size, size]),
+        "ggml_backend_graph_compute": (enum, [pointer, pointer]),
         "ggml_backend_dev_backend_reg": (pointer, [pointer]),
         "ggml_backend_reg_get_proc_address": (pointer, [pointer, ctypes.c_char_p]),
         "ggml_backend_buft_name": (ctypes.c_char_p, [pointer]),

@@ -31,6 +31,18 @@ _KEPT_LINES = 8
 _last_errors: deque[str] = deque(maxlen=_KEPT_LINES)
 _last_level = logging.DEBUG
 _BUFFER_LINE = re.compile(r"(\S+) +(model|KV|compute|output) buffer size += +([\d.]+) MiB")
+_OWN_LIBRARY = re.compile(r"lib(llama|ggml|mtmd)")
+# What glibc's and musl's loaders say of a library that is not there.
+_MISSING_LIBRARY = re.compile(
+    r"([\w.+-]+\.so[.\w]*): cannot open shared object|Error loading shared library ([\w.+-]+):"
+)
+_DEBIAN_PACKAGES = {
+    "libgomp.so.1": "libgomp1",
+    "libstdc++.so.6": "libstdc++6",
+    "libgcc_s.so.1": "libgcc-s1",
+    "libopenblas.so.0": "libopenblas0",
+    "libvulkan.so.1": "libvulkan1",
+}
 _reports: list[dict[tuple[str, str], int]] = []
 _lock = threading.Lock()
 
@@ -116,15 +128,37 @@ def _import(name: str) -> ModuleType:
         with _android_as_linux():
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] != "llama_cpp":
+            raise NativeLibraryError(
+                f"llama-cpp-python: cannot be imported (it needs {error.name}, not installed)",
+                hint=f"pip install {error.name}",
+            ) from error
         raise NativeLibraryError(
             f"llama-cpp-python: not installed ({error})",
             hint=f"pip install llama-cpp-python=={PINNED_VERSION} (needs a C++ compiler and cmake)",
         ) from error
-    except (OSError, RuntimeError, AttributeError) as error:
-        raise NativeLibraryError(
-            f"llama-cpp-python: its library cannot be loaded ({error})",
+    except (OSError, RuntimeError, AttributeError, ImportError) as error:
+        raise _loading_error(str(error)) from error
+
+
+def _loading_error(reason: str) -> NativeLibraryError:
+    """What the system's loader said, in words that name what to install."""
+    match = _MISSING_LIBRARY.search(reason)
+    missing = "" if match is None else match[1] or match[2]
+    if not missing or _OWN_LIBRARY.match(missing):
+        return NativeLibraryError(
+            f"llama-cpp-python: its library cannot be loaded ({reason})",
             hint=f"pip install --force-reinstall --no-cache-dir llama-cpp-python=={PINNED_VERSION}",
-        ) from error
+        )
+    package = _DEBIAN_PACKAGES.get(missing)
+    return NativeLibraryError(
+        f"llama-cpp-python: its library cannot be loaded (it needs {missing}, which this system "
+        "lacks)",
+        hint=f"Debian/Ubuntu: sudo apt-get install -y {package}; elsewhere, what has {missing}"
+        if package
+        else f"install the package that has {missing}, or rebuild without it: pip install "
+        f"--force-reinstall --no-cache-dir llama-cpp-python=={PINNED_VERSION}",
+    )
 
 
 @contextlib.contextmanager

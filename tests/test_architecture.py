@@ -20,7 +20,7 @@ LEVELS = (
     ("cli",),
     ("server",),
     ("hybrid",),
-    ("evaluate", "bench"),
+    ("evaluate", "bench", "doctor"),
     ("session", "embedded"),
     ("generation",),
     ("conversion", "engine"),
@@ -28,7 +28,7 @@ LEVELS = (
     ("hub",),
     ("hub_client", "checkpoint", "prompt", "vision", "actions", "stream", "devices"),
     ("hub_cache", "native", "gguf"),
-    ("config", "messages", "units", "errors", "progress"),
+    ("config", "messages", "units", "errors", "progress", "programs"),
 )
 HEIGHT = {group: -n for n, groups in enumerate(LEVELS) for group in groups}
 MODULES = {

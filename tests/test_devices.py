@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from autoglm_gguf import devices
-from autoglm_gguf.devices import MachineMemory, probe_memory, usable_cores
+from autoglm_gguf.devices import (
+    Gpu,
+    MachineMemory,
+    probe_bounds,
+    probe_gpus,
+    probe_memory,
+    usable_cores,
+    vulkan_drivers,
+)
 
 GIB = 2**30
 UNLIMITED_V1 = "9223372036854771712"
@@ -129,6 +137,75 @@ def test_memory_of_this_machine_is_plausible() -> None:
     memory = probe_memory()
     assert memory is not None
     assert 0 < memory.available_bytes <= memory.total_bytes
+
+
+def test_bounds_are_the_machines_and_the_groups(root: Path) -> None:
+    assert probe_bounds() == (MACHINE,)
+    make_group(root / "fs", str(4 * GIB), GIB, "")
+    assert probe_bounds() == (MACHINE, MachineMemory(4 * GIB, 3 * GIB, "cgroup"))
+
+
+# --- GPUs, as /sys and nvidia-smi tell of them ---
+
+
+@pytest.fixture
+def renderers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No GPU, and no program."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(devices, "_RENDERERS", tmp_path / "drm")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path / "drm"
+
+
+def add_renderer(renderers: Path, name: str, vendor: str) -> None:
+    (renderers / name / "device").mkdir(parents=True)
+    (renderers / name / "device" / "vendor").write_text(f"{vendor}\n")
+
+
+def test_gpus_are_those_that_can_render(renderers: Path) -> None:
+    assert probe_gpus() == ()
+    add_renderer(renderers, "card0", "0x1002")  # its display half: the same GPU
+    add_renderer(renderers, "renderD128", "0x1002")
+    add_renderer(renderers, "renderD129", "0x1af4")  # virtio
+    add_renderer(renderers, "renderD130", "0x8086")
+    (renderers / "renderD131" / "device").mkdir(parents=True)  # a board's, without a vendor
+    assert probe_gpus() == (Gpu("AMD", "AMD GPU"), Gpu("Intel", "Intel GPU"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the small nvidia-smi is a shell script")
+@pytest.mark.parametrize(
+    ("said", "code", "names"),
+    [
+        (
+            "GPU 0: NVIDIA GeForce RTX 3060 (UUID: GPU-1b)\nGPU 1: NVIDIA T4 (UUID: GPU-2c)\n",
+            0,
+            ["NVIDIA GeForce RTX 3060", "NVIDIA T4"],
+        ),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the driver.\n", 9, []),
+        ("No devices found.\n", 0, []),
+    ],
+)
+def test_gpus_of_nvidia_are_told_once_by_its_driver(
+    renderers: Path, tmp_path: Path, said: str, code: int, names: list[str]
+) -> None:
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f'#!/bin/sh\nwhile read -r x; do echo "$x"; done <<E\n{said}E\nexit {code}\n')
+    script.chmod(0o755)
+    add_renderer(renderers, "renderD128", "0x10de")
+    assert [gpu.name for gpu in probe_gpus()] == (names or ["NVIDIA GPU"])
+
+
+def test_vulkan_drivers_are_named_without_the_one_for_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("lvp_icd.x86_64.json", "radeon_icd.x86_64.json"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(devices, "_VULKAN_DRIVERS", (str(tmp_path), str(tmp_path / "absent")))
+    for variable in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):
+        monkeypatch.delenv(variable, raising=False)
+    assert vulkan_drivers() == ("radeon_icd.x86_64",)
+    monkeypatch.setenv("VK_DRIVER_FILES", "/x/nvidia_icd.json")
+    assert vulkan_drivers() == ("nvidia_icd",)
 
 
 def test_usable_cores_are_those_this_process_may_run_on() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +12,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autoglm_gguf.native.pages import LINUX
+from autoglm_gguf.programs import ask_program, find_program
+
 if TYPE_CHECKING:
     from autoglm_gguf.native.ggml import Device
-
-from autoglm_gguf.native.pages import LINUX
 
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS = Path("/proc/self/cgroup")
 _CGROUP = Path("/sys/fs/cgroup")
+_RENDERERS = Path("/sys/class/drm")
+_VULKAN_DRIVERS = ("/usr/share/vulkan/icd.d", "/usr/local/share/vulkan/icd.d", "/etc/vulkan/icd.d")
+_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}  # PCI vendor ids
 _NO_LIMIT = 2**60  # cgroup v1 writes a number near 2**63 where there is no limit
 
 
@@ -39,17 +45,75 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU of this machine, whether or not anything here can drive it."""
+
+    vendor: str
+    """``NVIDIA``, ``AMD``, ``Intel``, ``Apple``; empty where the system does not tell."""
+    name: str
+
+
 def probe_memory() -> MachineMemory | None:
     """Memory of the machine or of this process's control group, whichever is tighter.
 
     Returns:
         None where the system does not say (no /proc, and psutil is not installed).
     """
-    machine = _linux_memory() if sys.platform in LINUX else _other_memory()
-    group = _cgroup_memory() if sys.platform in LINUX else None
-    if machine is None or group is None:
-        return machine
-    return min((machine, group), key=lambda memory: memory.available_bytes)
+    return min(probe_bounds(), key=lambda memory: memory.available_bytes, default=None)
+
+
+def probe_bounds() -> tuple[MachineMemory, ...]:
+    """Memory of the machine, then of the control group if that has a limit; what is known."""
+    linux = sys.platform in LINUX
+    machine = _linux_memory() if linux else _other_memory()
+    group = _cgroup_memory() if linux and machine is not None else None
+    return tuple(memory for memory in (machine, group) if memory is not None)
+
+
+def probe_gpus() -> tuple[Gpu, ...]:
+    """What GPUs the system shows, asked without ggml.
+
+    Covers Apple Silicon, NVIDIA's driver (``nvidia-smi``), PCI GPUs that Linux can render with, and
+    Windows where a graphics driver brought Vulkan. Display chips of servers and virtual machines
+    have no render node and are not counted. GPUs of ARM boards and phones are not found.
+    """
+    if sys.platform == "darwin":
+        # Under Rosetta the machine is x86_64, but the kernel's version still tells.
+        apple = platform.machine() == "arm64" or "ARM64" in platform.version()
+        return (Gpu("Apple", "Apple GPU"),) if apple else ()
+    found = _nvidia_gpus()
+    if sys.platform == "win32":
+        loader = Path(os.environ.get("SYSTEMROOT", r"C:\Windows")) / "System32" / "vulkan-1.dll"
+        return found or ((Gpu("", "a GPU with a Vulkan driver"),) if loader.exists() else ())
+    for node in sorted(_RENDERERS.glob("renderD*")):
+        try:
+            vendor = _VENDORS.get((node / "device" / "vendor").read_text().strip())
+        except OSError:
+            continue
+        if vendor and (vendor, bool(found)) != ("NVIDIA", True):
+            found += (Gpu(vendor, f"{vendor} GPU"),)
+    return found
+
+
+def vulkan_drivers() -> tuple[str, ...]:
+    """Names of the installed Vulkan drivers of Linux, without Mesa's for the CPU."""
+    given = os.environ.get("VK_DRIVER_FILES") or os.environ.get("VK_ICD_FILENAMES")
+    if given:
+        files = [Path(name) for name in given.split(os.pathsep)]
+    else:
+        files = [path for folder in _VULKAN_DRIVERS for path in Path(folder).glob("*.json")]
+    return tuple(sorted({path.stem for path in files if not path.stem.startswith("lvp")}))
+
+
+def _nvidia_gpus() -> tuple[Gpu, ...]:
+    """``GPU 0: NVIDIA GeForce RTX 3060 (UUID: GPU-...)`` and so on."""
+    program = find_program("nvidia-smi")
+    answer = ask_program([program, "-L"]) if program else None
+    if answer is None or answer.code != 0:
+        return ()
+    names = re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", answer.text, re.MULTILINE)
+    return tuple(Gpu("NVIDIA", name) for name in names)
 
 
 @cache

@@ -1,0 +1,1 @@
+"""Whether this installation, machine and phone are ready, and what to do where they are not."""

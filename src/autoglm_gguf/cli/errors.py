@@ -14,6 +14,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     TypeError: EXIT_USAGE,
     KeyboardInterrupt: EXIT_INTERRUPTED,
     BrokenPipeError: EXIT_OK,
+    ImportError: EXIT_ERROR,  # a package that this one needs
     OSError: EXIT_ERROR,  # a full disk behind stdout, a name that is too long
 }
 
@@ -25,7 +26,7 @@ def report(error: BaseException) -> int:
         BaseException: The error itself, if it is not one the table knows: a bug keeps its trace.
     """
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), None)
-    if code is None:
+    if code is None or (isinstance(error, ImportError) and _is_ours(error.name)):
         raise error
     if isinstance(error, KeyboardInterrupt):
         output.note("interrupted")
@@ -37,4 +38,10 @@ def report(error: BaseException) -> int:
             output.note(f"hint: {error.hint}")
     else:
         output.note(f"error: {error}")
+        if isinstance(error, ImportError):
+            output.note("hint: autoglm-gguf doctor")
     return code
+
+
+def _is_ours(module: str | None) -> bool:
+    return (module or "").partition(".")[0] == "autoglm_gguf"

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
+import sys
 from collections.abc import Sequence
 
 from autoglm_gguf import __version__
-from autoglm_gguf.cli import act, bench, chat, convert, inspect, output, plan, pull, verify
+from autoglm_gguf.cli import output
 from autoglm_gguf.cli.errors import EXIT_OK, report
 
-_COMMANDS = (pull, convert, inspect, plan, chat, act, verify, bench)
+# Modules of this folder. One is imported when it is asked for: doctor runs where numpy is missing.
+_COMMANDS = ("pull", "convert", "inspect", "plan", "chat", "act", "verify", "bench", "doctor")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def build_parser(names: Sequence[str] = _COMMANDS) -> argparse.ArgumentParser:
+    """The command line, with all commands or some.
+
+    Raises:
+        ImportError: A package that one of them needs is missing.
+    """
     parser = argparse.ArgumentParser(
         prog="autoglm-gguf", description="AutoGLM on your own device, with llama.cpp."
     )
     parser.add_argument("--version", action="version", version=f"autoglm-gguf {__version__}")
     parser.add_argument("--verbose", action="store_true", help="show llama.cpp's own log")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in _COMMANDS:
-        command.add_parser(commands)
+    for name in names:
+        importlib.import_module(f"autoglm_gguf.cli.{name}").add_parser(commands)
     return parser
 
 
@@ -36,11 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done, 1 our error, 2 usage, 130 interrupted.
     """
     output.escape_unprintable()
-    parsed = build_parser().parse_args(arguments)
-    logging.basicConfig(format="%(name)s: %(message)s")  # warnings and worse, to stderr
-    level = logging.DEBUG if parsed.verbose else logging.CRITICAL
-    logging.getLogger("autoglm_gguf.llama_cpp").setLevel(level)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    first = next((word for word in given if word != "--verbose"), "")
+    names = [first] if first in _COMMANDS else _COMMANDS if first != "--version" else ()
     try:
+        parsed = build_parser(names).parse_args(given)
+        logging.basicConfig(format="%(name)s: %(message)s")  # warnings and worse, to stderr
+        level = logging.DEBUG if parsed.verbose else logging.CRITICAL
+        logging.getLogger("autoglm_gguf.llama_cpp").setLevel(level)
         parsed.run(parsed)
     except BaseException as error:
         return report(error)

@@ -73,10 +73,6 @@ def test_doctor_runs_where_nothing_is_installed(run_bare: Run) -> None:
     assert hint.startswith('hint: pip install "')
 
 
-def test_version_is_told_where_nothing_is_installed(run_bare: Run) -> None:
-    assert run_bare("--version").stdout == f"autoglm-gguf {autoglm_gguf.__version__}\n"
-
-
 def test_other_commands_name_the_doctor_where_a_package_is_missing(run_bare: Run) -> None:
     for arguments in (["plan", "x.gguf"], ["--help"]):
         result = run_bare(*arguments)
@@ -84,3 +80,4 @@ def test_other_commands_name_the_doctor_where_a_package_is_missing(run_bare: Run
         error, hint = result.stderr.splitlines()
         assert error.startswith("error: No module named ")
         assert hint == "hint: autoglm-gguf doctor"
+    assert run_bare("--version").stdout == f"autoglm-gguf {autoglm_gguf.__version__}\n"

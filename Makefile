@@ -7,14 +7,15 @@ comma := ,
 # One stamp per set of extras: a second run installs nothing.
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: help demo test check layers style chat clean needs
+.PHONY: help demo test test-gpu check layers style chat clean needs
 
 help:
-	@echo "make demo    convert the embedded checkpoint and see it answer, with a screenshot"
-	@echo "make test    run the tests (EXTRAS=dev,reference adds the comparison with transformers)"
-	@echo "make check   ruff, mypy --strict, import levels"
-	@echo "make style   format, and fix what ruff can fix"
-	@echo "make chat    talk with the embedded model"
+	@echo "make demo      convert the embedded checkpoint and see it answer, with a screenshot"
+	@echo "make test      run the tests (EXTRAS=dev,reference adds the comparison with transformers)"
+	@echo "make test-gpu  run the tests that need a GPU, on Vulkan (lavapipe where there is no GPU)"
+	@echo "make check     ruff, mypy --strict, import levels"
+	@echo "make style     format, and fix what ruff can fix"
+	@echo "make chat      talk with the embedded model"
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
@@ -24,6 +25,10 @@ chat: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST)
+
+# An environment of its own, .venv-gpu: its llama.cpp is another build.
+test-gpu:
+	@PYTHON="$(PYTHON)" scripts/vulkan.sh test $(PYTEST)
 
 check: $(STAMP) layers
 	$(BIN)/ruff check .
@@ -38,7 +43,7 @@ style: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) out dist build
+	rm -rf $(VENV) .venv-gpu out dist build
 
 $(STAMP): pyproject.toml
 	@$(MAKE) --no-print-directory needs

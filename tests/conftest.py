@@ -11,7 +11,11 @@ from builders import Shape, build_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "models" / "autoglm-tiny"
-_NEEDS = {"native": ("llama_cpp",), "reference": ("llama_cpp", "torch", "transformers")}
+_NEEDS = {
+    "native": ("llama_cpp",),
+    "gpu": ("llama_cpp",),  # and a device: tests/gpu/conftest.py
+    "reference": ("llama_cpp", "torch", "transformers"),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -26,9 +26,9 @@ chat: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST)
 
-# An environment of its own, .venv-gpu: its llama.cpp is another build.
+# On Linux an environment of its own, .venv-gpu: its llama.cpp is another build. A Mac's has Metal.
 test-gpu:
-	@PYTHON="$(PYTHON)" scripts/vulkan.sh test $(PYTEST)
+	@if [ "$$(uname -s)" = Darwin ]; then $(MAKE) test PYTEST="-m gpu --max-skips 0 $(PYTEST)"; 	  else PYTHON="$(PYTHON)" scripts/vulkan.sh test $(PYTEST); fi
 
 check: $(STAMP) layers
 	$(BIN)/ruff check .

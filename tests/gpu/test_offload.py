@@ -139,7 +139,7 @@ def test_planned_device_bytes_are_within_5_percent_of_what_ggml_reports(
         engine = LlamaEngine(text, mmproj, plan.context, plan=plan)
     reported = engine.device_bytes
     engine.close()
-    planned = {item.name: item.load_bytes for item in plan.items if item.on_device}
+    planned = {item.name: item.decode_bytes for item in plan.items if item.on_device}
     uses = {"gpu_weights": "model", "gpu_kv_cache": "KV", "gpu_compute": "compute"}
     found = {name: buffers.get((device, use), 0) for name, use in uses.items()}
     assert reported == sum(found.values())

@@ -107,7 +107,8 @@ def _draw_speed(
     ]
     axis.bar(labels, medians, width=_width(labels), color=_SPEED)
     axis.errorbar(labels, medians, yerr=reach, fmt="none", ecolor="#333333", capsize=3, lw=1)
-    _label_bars(axis, [m.high for m in measures], [f"{m:.0f}" if m >= 100 else f"{m:.3g}" for m in medians])
+    texts = [f"{m:.0f}" if m >= 100 else f"{m:.3g}" for m in medians]
+    _label_bars(axis, [m.high for m in measures], texts)
     axis.set_title(title, fontsize=9, fontweight="bold")
     axis.set_ylabel("tokens per second")
     axis.set_ylim(0, max(m.high for m in measures) * _HEADROOM)

@@ -2,45 +2,72 @@
 
 from __future__ import annotations
 
+import ast
 import random
 import runpy
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autoglm_gguf import Action, ActionParseError, parse_answer
 from autoglm_gguf.actions import (
-    ARGUMENTS,
+    ACTIONS,
     SYSTEM_PROMPT_EN,
     SYSTEM_PROMPT_ZH,
+    Back,
+    CallAPI,
+    DoubleTap,
+    Finish,
+    Home,
+    Interact,
+    Kind,
+    Launch,
+    LongPress,
+    Note,
+    Swipe,
+    TakeOver,
+    Tap,
+    Type,
+    TypeName,
+    Wait,
     choose_system_prompt,
     parse_action,
 )
 
+PIECES = [
+    *"\\\"'()[],= \n\tab好（）“”🙂",
+    '", x="',
+    '")',
+    ", b=[",
+    "do(action=",
+    "</think>",
+    "<answer>",
+]
 EVERY_KIND = [
-    ('do(action="Launch", app="微信")', Action("Launch", {"app": "微信"})),
-    ('do(action="Tap", element=[500,300])', Action("Tap", {"element": (500, 300)})),
+    ('do(action="Launch", app="微信")', Launch(app="微信")),
+    ('do(action="Tap", element=[500,300])', Tap(element=(500, 300))),
     (
         'do(action="Tap", element=[0,999], message="付款")',
-        Action("Tap", {"element": (0, 999), "message": "付款"}),
+        Tap(element=(0, 999), message="付款"),
     ),
-    ('do(action="Type", text="hello")', Action("Type", {"text": "hello"})),
-    ('do(action="Type_Name", text="张三")', Action("Type_Name", {"text": "张三"})),
-    ('do(action="Interact")', Action("Interact", {})),
+    ('do(action="Type", text="hello")', Type(text="hello")),
+    ('do(action="Type_Name", text="张三")', TypeName(text="张三")),
+    ('do(action="Interact")', Interact()),
     (
         'do(action="Swipe", start=[500,800], end=[500,200])',
-        Action("Swipe", {"start": (500, 800), "end": (500, 200)}),
+        Swipe(start=(500, 800), end=(500, 200)),
     ),
-    ('do(action="Note", message="True")', Action("Note", {"message": "True"})),
-    ('do(action="Call_API", instruction="sum")', Action("Call_API", {"instruction": "sum"})),
-    ('do(action="Long Press", element=[1,2])', Action("Long Press", {"element": (1, 2)})),
-    ('do(action="Double Tap", element=[3,4])', Action("Double Tap", {"element": (3, 4)})),
-    ('do(action="Take_over", message="log in")', Action("Take_over", {"message": "log in"})),
-    ('do(action="Back")', Action("Back", {})),
-    ('do(action="Home")', Action("Home", {})),
-    ('do(action="Wait", duration="3 seconds")', Action("Wait", {"duration": "3 seconds"})),
-    ('finish(message="done")', Action("finish", {"message": "done"})),
+    ('do(action="Note", message="True")', Note(message="True")),
+    ('do(action="Call_API", instruction="sum")', CallAPI(instruction="sum")),
+    ('do(action="Long Press", element=[1,2])', LongPress(element=(1, 2))),
+    ('do(action="Double Tap", element=[3,4])', DoubleTap(element=(3, 4))),
+    ('do(action="Take_over", message="log in")', TakeOver(message="log in")),
+    ('do(action="Back")', Back()),
+    ('do(action="Home")', Home()),
+    ('do(action="Wait", duration="3 seconds")', Wait(duration="3 seconds")),
+    ('finish(message="done")', Finish(message="done")),
 ]
 
 
@@ -51,20 +78,46 @@ def test_action_is_written_and_read_in_the_clients_words(text: str, action: Acti
 
 
 def test_every_kind_covers_the_whole_grammar() -> None:
-    assert {action.name for _, action in EVERY_KIND} == {*ARGUMENTS, "finish"}
+    assert {action.name for _, action in EVERY_KIND} == {*ACTIONS}
 
 
-def test_render_is_read_back_whatever_the_text_holds() -> None:
-    pieces = [*"\\\"'()[],= \n\tab好（）“”🙂", '", x="', '")', ", b=[", "do(action=", "</think>"]
-    for seed in range(2000):
+def client_reads(call: str) -> dict[str, Any]:
+    """As Open-AutoGLM's ``parse_action`` does: texts by slicing, the rest as a Python call."""
+    if call.startswith(('do(action="Type"', 'do(action="Type_Name"')):
+        return {"text": call.split("text=", 1)[1][1:-2]}
+    if call.startswith("finish"):
+        return {"message": call.replace("finish(message=", "")[1:-2]}
+    call = call.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    parsed = ast.parse(call, mode="eval").body
+    assert isinstance(parsed, ast.Call)
+    values = {str(item.arg): ast.literal_eval(item.value) for item in parsed.keywords}
+    return {name: value for name, value in values.items() if name != "action"}
+
+
+@pytest.mark.parametrize("kind", ACTIONS.values())
+def test_every_action_is_read_back_whatever_its_text_holds(kind: type[Action]) -> None:
+    for seed in range(200):
         rng = random.Random(seed)
-        text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
-        for action in (
-            Action("finish", {"message": text}),
-            Action("Type", {"text": text}),
-            Action("Tap", {"element": (rng.randint(0, 999), 0), "message": text}),
-        ):
-            assert parse_action(action.render()) == action, f"seed {seed}"
+        text = "".join(rng.choices(PIECES, k=rng.randint(0, 12)))
+        values: dict[Kind, object] = {
+            Kind.TEXT: text,
+            Kind.APP: text or "x",
+            Kind.POINT: (rng.randint(0, 999), rng.randint(0, 999)),
+            Kind.SECONDS: f"{rng.randint(0, 99)} seconds",
+        }
+        action = kind(**{name: values[of] for name, (of, _) in kind.kinds().items()})
+        call = action.render()
+        assert parse_action(call) == action, f"seed {seed}"
+        answer = f"<think>{'thought' * (seed % 2)}</think>\n<answer>{call}</answer>"
+        assert parse_answer(answer) == ("thought" * (seed % 2), action), f"seed {seed}"
+        if "\\" not in call:  # what needs escapes, the client cannot slice
+            read = {k: tuple(v) if k in action.points else v for k, v in client_reads(call).items()}
+            assert read == action.arguments, f"seed {seed}"
+
+
+def test_render_writes_quotes_as_the_client_slices_them() -> None:
+    assert Type(text='say "hi"').render() == 'do(action="Type", text="say "hi"")'
+    assert Note(message='say "hi"').render() == 'do(action="Note", message="say \\"hi\\"")'
 
 
 @pytest.mark.parametrize(
@@ -86,7 +139,7 @@ def test_render_is_read_back_whatever_the_text_holds() -> None:
     ],
 )
 def test_text_argument_is_read_leniently(text: str, argument: str) -> None:
-    assert parse_action(text) == Action("Type", {"text": argument})
+    assert parse_action(text) == Type(text=argument)
 
 
 @pytest.mark.parametrize(
@@ -103,15 +156,15 @@ def test_point_is_read_leniently(point: str, expected: tuple[int, int]) -> None:
         (
             '<think>Open it.</think>\n<answer>do(action="Home")</answer>',
             "Open it.",
-            Action("Home", {}),
+            Home(),
         ),
-        ('<think>想</think><answer>do(action="Back")', "想", Action("Back", {})),
-        ('<think>a\nb</think>\n<answer>do(action="Back")</answer>\n', "a\nb", Action("Back", {})),
-        ('do(action="Back")', "", Action("Back", {})),
-        ('I go back. do(action="Back")', "I go back.", Action("Back", {})),
-        ('Well.<answer>do(action="Back")</answer>', "Well.", Action("Back", {})),
-        ('先返回do(action="Back")', "先返回", Action("Back", {})),
-        ('<think></think><answer>do(action="Back")', "", Action("Back", {})),
+        ('<think>想</think><answer>do(action="Back")', "想", Back()),
+        ('<think>a\nb</think>\n<answer>do(action="Back")</answer>\n', "a\nb", Back()),
+        ('do(action="Back")', "", Back()),
+        ('I go back. do(action="Back")', "I go back.", Back()),
+        ('Well.<answer>do(action="Back")</answer>', "Well.", Back()),
+        ('先返回do(action="Back")', "先返回", Back()),
+        ('<think></think><answer>do(action="Back")', "", Back()),
     ],
 )
 def test_answer_is_split_into_thinking_and_action(text: str, thinking: str, action: Action) -> None:
@@ -123,33 +176,33 @@ def test_answer_is_split_into_thinking_and_action(text: str, thinking: str, acti
     [
         (
             '<answer>finish(message="I did do(action="Back") twice")</answer>',
-            Action("finish", {"message": 'I did do(action="Back") twice'}),
+            Finish(message='I did do(action="Back") twice'),
         ),
         (
             'finish(message="use do(action=\\"Tap\\")")',
-            Action("finish", {"message": 'use do(action="Tap")'}),
+            Finish(message='use do(action="Tap")'),
         ),
         (
             '<think>I could do(action="Back").</think><answer>finish(message="ok")',
-            Action("finish", {"message": "ok"}),
+            Finish(message="ok"),
         ),
         (
             '<think>or finish(message="x")</think><answer>do(action="Home")',
-            Action("Home", {}),
+            Home(),
         ),
         (
             'I could do(action="Back") but all is done. finish(message="ok")',
-            Action("finish", {"message": "ok"}),
+            Finish(message="ok"),
         ),
         (
             'What to do(maybe undo(x=1))? Tap. do(action="Tap", element=[5,6])',
-            Action("Tap", {"element": (5, 6)}),
+            Tap(element=(5, 6)),
         ),
         (
             '<think>a</think><answer>finish(message="say </think> or <answer>")',
-            Action("finish", {"message": "say </think> or <answer>"}),
+            Finish(message="say </think> or <answer>"),
         ),
-        ('finish(message="say </think>")', Action("finish", {"message": "say </think>"})),
+        ('finish(message="say </think>")', Finish(message="say </think>")),
     ],
 )
 def test_answer_takes_the_call_the_client_takes_when_another_is_mentioned(
@@ -207,14 +260,22 @@ def test_answer_of_rubbish_is_read_in_no_time(filler: str) -> None:
 
 
 def test_to_pixels_scales_thousandths_to_the_screenshot() -> None:
-    action = Action("Swipe", {"start": (500, 250), "end": (999, 0)})
+    action = Swipe(start=(500, 250), end=(999, 0))
     assert action.to_pixels("start", (1080, 2400)) == (540, 600)
     assert action.to_pixels("end", (1080, 2400)) == (1078, 0)
 
 
 def test_to_pixels_refuses_what_is_no_point() -> None:
     with pytest.raises(KeyError):
-        Action("Launch", {"app": "x"}).to_pixels("app", (1, 1))
+        Launch(app="x").to_pixels("app", (1, 1))
+
+
+def test_arguments_of_another_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match="999"):
+        Tap(element=(1000, 0))
+    with pytest.raises(ValueError, match="seconds"):
+        Wait(duration="soon")
+    assert Wait(duration="1.5 seconds").seconds == 1.5
 
 
 @pytest.mark.parametrize(
@@ -231,19 +292,40 @@ def test_system_prompt_speaks_the_tasks_language(task: str, prompt: str) -> None
 
 @pytest.mark.parametrize("prompt", [SYSTEM_PROMPT_EN, SYSTEM_PROMPT_ZH])
 def test_system_prompt_names_every_action(prompt: str) -> None:
-    for name in ARGUMENTS:
-        assert f'do(action="{name}"' in prompt
-    assert "finish(message=" in prompt
+    for name in ACTIONS:
+        assert (f'do(action="{name}"' if name != "finish" else "finish(message=") in prompt
 
 
 def test_parse_answer_takes_the_first_call_when_another_follows() -> None:
     text = '<answer>do(action="Launch", app="A")\ndo(action="Launch", app="B")</answer>'
-    assert parse_answer(text)[1] == Action("Launch", {"app": "A"})
+    assert parse_answer(text)[1] == Launch(app="A")
     text = 'do(action="Tap", element=[1,2])\nfinish(message="x")'
-    assert parse_action(text) == Action("Tap", {"element": (1, 2)})
+    assert parse_action(text) == Tap(element=(1, 2))
 
 
 def test_system_prompts_are_those_the_embedded_model_was_trained_with() -> None:
     path = Path(__file__).parents[1] / "models" / "autoglm-tiny" / "vocabulary.py"
     trained = runpy.run_path(str(path))["ACTION_PROMPTS"]
     assert trained == {"zh": SYSTEM_PROMPT_ZH, "en": SYSTEM_PROMPT_EN}
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("do（action=“Tap”，element=［５００，３００］）", Tap(element=(500, 300))),
+        ("do(action=“Type”, text=“他说“好”吧”)", Type(text="他说“好”吧")),
+        ('do(action="Launch", app="微信”)', Launch(app="微信")),
+        ("<answer>do(action='Launch', app='it\\'s')", Launch(app="it's")),
+        ('<answer><answer>do(action="Back")</answer></answer>', Back()),
+        ('<|assistant|>\n<think>a</think><answer>\ndo(action="Back")</answer> ok ("x")', Back()),
+        ('<answer>do(action="Type", text="a")</answer> see ("b")', Type(text="a")),
+        ('<answer>finish(message="say </answer>")', Finish(message="say </answer>")),
+        ('<think>do(x=1)</think>do(x=1), so do(action="Back")', Back()),
+        ('do(action="long_press", element=(1,2))', LongPress(element=(1, 2))),
+        ('do(action="Wait", duration="3s")', Wait(duration="3 seconds")),
+        ('do(action="Wait", duration=3)', Wait(duration="3 seconds")),
+        ('do(action="Type", text="a", x="b")', Type(text='a", x="b')),
+    ],
+)
+def test_answer_is_read_when_the_model_slips(text: str, action: Action) -> None:
+    assert parse_answer(text)[1] == action

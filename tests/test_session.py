@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from autoglm_gguf import (
-    Action,
     ActionParseError,
     AutoGLM,
     Chunk,
@@ -25,6 +24,7 @@ from autoglm_gguf import (
     Usage,
     measure_memory,
 )
+from autoglm_gguf.actions import Launch
 from autoglm_gguf.engine.fake import IMAGE, STOP, FakeEngine
 from autoglm_gguf.session import close_answer, collect
 
@@ -514,7 +514,7 @@ ANSWER = '<think>在桌面</think>\n<answer>do(action="Launch", app="微信")</a
 def test_act_returns_thinking_and_action() -> None:
     step = raw_model(ANSWER.encode()).act("打开微信", SCREEN)
     assert step.thinking == "在桌面"
-    assert step.action == Action("Launch", {"app": "微信"})
+    assert step.action == Launch(app="微信")
     assert step.text == ANSWER.removesuffix("</answer>")
     assert step.usage.image_tokens == 24
 
@@ -568,7 +568,7 @@ def test_act_refuses_an_answer_without_an_action() -> None:
 def test_aact_gives_what_act_gives() -> None:
     model = raw_model(ANSWER.encode())
     step = asyncio.run(model.aact("打开微信", SCREEN, system=None, current_app="桌面"))
-    assert step.action == Action("Launch", {"app": "微信"})
+    assert step.action == Launch(app="微信")
     assert step.usage == model.act("打开微信", SCREEN, system=None, current_app="桌面").usage
 
 

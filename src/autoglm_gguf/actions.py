@@ -1,43 +1,218 @@
-"""Answer text to (thinking, `Action`): the action language of Open-AutoGLM's client.
+"""Answer text to (thinking, `Action`) and back: the action language of Open-AutoGLM's client.
 
-Knows ``do(...)`` and ``finish(...)``; knows no phone. Reads what the client reads: ``finish(`` or
-``do(`` after the thinking, arguments as string or ``[x, y]`` literals. Nothing is evaluated.
+One class per action. ``do(...)`` and ``finish(...)`` are read as leniently as models write them;
+what comes out is strict: known names, whole arguments, points in 0..999. Nothing is evaluated.
+Knows no phone. Source: Open-AutoGLM, ``phone_agent/actions/handler.py``, ``model/client.py``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterator
+from enum import Enum
+from typing import Annotated, ClassVar, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autoglm_gguf.errors import ActionParseError
 
-Argument: TypeAlias = "str | tuple[int, int]"
 COORDINATE_MAX = 999
-ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    # action -> (required arguments, optional ones)
-    "Launch": (("app",), ()),
-    "Tap": (("element",), ("message",)),
-    "Type": (("text",), ()),
-    "Type_Name": (("text",), ()),
-    "Interact": ((), ()),
-    "Swipe": (("start", "end"), ()),
-    "Note": (("message",), ()),
-    "Call_API": (("instruction",), ()),
-    "Long Press": (("element",), ()),
-    "Double Tap": (("element",), ()),
-    "Take_over": (("message",), ()),
-    "Back": ((), ()),
-    "Home": ((), ()),
-    "Wait": (("duration",), ()),
-}
-_POINTS = ("element", "start", "end")
-_FOLLOWING = re.compile(r"[\"\]]\)\s*\n\s*(?:do\(action=|finish\(message=)")
-_CALL = re.compile(r"(?<![A-Za-z0-9_])(?:(finish)|do)\(\s*\w+\s*=")
-_NEXT = re.compile(r'\s*,?\s*(\w+)\s*=\s*(?=["\'\[])')
-_POINT = re.compile(r"\[\s*(-?\d+(?:\.\d+)?)\s*,\s*(-?\d+(?:\.\d+)?)\s*\]")
+Argument: TypeAlias = "str | tuple[int, int]"
 
+
+class Kind(Enum):
+    """What an argument holds; `autoglm_gguf.actions_grammar` has an automaton for each."""
+
+    POINT = "point"
+    TEXT = "text"
+    APP = "app"
+    SECONDS = "seconds"
+
+
+_Coordinate = Annotated[int, Field(ge=0, le=COORDINATE_MAX)]
+Point = Annotated[tuple[_Coordinate, _Coordinate], Kind.POINT]
+Text = Annotated[str, Kind.TEXT]
+Remark = Annotated[str | None, Kind.TEXT]
+App = Annotated[str, Field(min_length=1), Kind.APP]
+Seconds = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? seconds$"), Kind.SECONDS]
+
+
+class Action(BaseModel):
+    """One action of the client's grammar; each is a subclass with its arguments as fields.
+
+    Points are ``(x, y)`` in 0..999 of the original screenshot, whatever size the model saw.
+
+    Raises:
+        ValueError: An argument is missing, unknown, of another type or out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: ClassVar[str] = ""
+    """As in ``do(action="…")``, or ``finish``."""
+    sliced: ClassVar[bool] = False
+    """The client cuts the last argument out of the call as it stands, and undoes no escapes."""
+
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Kind, bool]]:
+        """Argument name to its kind and whether it is required, in the order they are written."""
+        found = {}
+        for name, field in cls.model_fields.items():
+            kind = next(item for item in field.metadata if isinstance(item, Kind))
+            found[name] = (kind, field.is_required())
+        return found
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """The arguments that are given, in the order they are written."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def points(self) -> dict[str, tuple[int, int]]:
+        """The arguments that are points, 0..999."""
+        return {k: v for k, v in self.arguments.items() if not isinstance(v, str)}
+
+    def render(self) -> str:
+        """The action as the client reads it: ``do(action="Tap", element=[500,300])``.
+
+        Where the client cuts text out without undoing escapes (Type, Type_Name, finish), it is
+        written without any, unless only escapes bring it back: a text with ``\\n`` in letters.
+        """
+        escaped = self._render(raw=False)
+        if self.sliced and "</answer>" not in escaped:
+            raw = self._render(raw=True)
+            if raw != escaped and _reads_as(raw, self):
+                return raw
+        return escaped
+
+    def _render(self, *, raw: bool) -> str:
+        items = [f"{name}={_render_value(v, raw=raw)}" for name, v in self.arguments.items()]
+        if self.name == Finish.name:
+            return f"{self.name}({', '.join(items)})"
+        return "do(" + ", ".join([f'action="{self.name}"', *items]) + ")"
+
+    def to_pixels(self, name: str, size: tuple[int, int]) -> tuple[int, int]:
+        """A point argument in pixels of a screenshot of ``size`` ``(width, height)``.
+
+        Raises:
+            KeyError: The action has no such point.
+        """
+        x, y = self.points[name]
+        return (x * size[0] // 1000, y * size[1] // 1000)
+
+
+class Launch(Action):
+    """Open an app by its name."""
+
+    name = "Launch"
+    app: App
+
+
+class Tap(Action):
+    """Touch a point; a message marks a sensitive tap, to be confirmed by a person."""
+
+    name = "Tap"
+    element: Point
+    message: Remark = None
+
+
+class Type(Action):
+    """Type into the focused field."""
+
+    name, sliced = "Type", True
+    text: Text
+
+
+class TypeName(Action):
+    """Type a person's name."""
+
+    name, sliced = "Type_Name", True
+    text: Text
+
+
+class Interact(Action):
+    """Ask the person to choose."""
+
+    name = "Interact"
+
+
+class Swipe(Action):
+    """Drag from one point to another."""
+
+    name = "Swipe"
+    start: Point
+    end: Point
+
+
+class Note(Action):
+    """Remember what the page says."""
+
+    name = "Note"
+    message: Text
+
+
+class CallAPI(Action):
+    """Sum up or comment on what was noted."""
+
+    name = "Call_API"
+    instruction: Text
+
+
+class LongPress(Action):
+    """Hold a point."""
+
+    name = "Long Press"
+    element: Point
+
+
+class DoubleTap(Action):
+    """Touch a point twice."""
+
+    name = "Double Tap"
+    element: Point
+
+
+class TakeOver(Action):
+    """Hand over to a person, as for a login."""
+
+    name = "Take_over"
+    message: Text
+
+
+class Back(Action):
+    """Go back."""
+
+    name = "Back"
+
+
+class Home(Action):
+    """Go to the home screen."""
+
+    name = "Home"
+
+
+class Wait(Action):
+    """Wait for a page."""
+
+    name = "Wait"
+    duration: Seconds
+
+    @property
+    def seconds(self) -> float:
+        """The duration in seconds."""
+        return float(self.duration.removesuffix(" seconds"))
+
+
+class Finish(Action):
+    """The task is done, or cannot be."""
+
+    name, sliced = "finish", True
+    message: Text
+
+
+ACTIONS: dict[str, type[Action]] = {kind.name: kind for kind in Action.__subclasses__()}
+"""Every action by its name, in the order of the system prompt."""
 
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _ACTION_LIST = """do(action="Launch", app="…")
@@ -71,54 +246,66 @@ def choose_system_prompt(task: str) -> str:
     return SYSTEM_PROMPT_ZH if _CHINESE.search(task) else SYSTEM_PROMPT_EN
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One action of the client's grammar."""
-
-    name: str
-    """A key of `ARGUMENTS`, or ``finish``."""
-    arguments: dict[str, Argument]
-    """Points are ``(x, y)`` in 0..999 of the original screenshot."""
-
-    def render(self) -> str:
-        """The action as the client reads it: ``do(action="Tap", element=[500,300])``."""
-        items = [f"{name}={_render_value(value)}" for name, value in self.arguments.items()]
-        if self.name == "finish":
-            return f"finish({', '.join(items)})"
-        return "do(" + ", ".join([f'action="{self.name}"', *items]) + ")"
-
-    def to_pixels(self, name: str, size: tuple[int, int]) -> tuple[int, int]:
-        """A point argument in pixels of a screenshot of ``size`` ``(width, height)``.
-
-        Raises:
-            KeyError: The action has no such point.
-        """
-        point = self.arguments[name]
-        if isinstance(point, str):
-            raise KeyError(name)
-        return (point[0] * size[0] // 1000, point[1] * size[1] // 1000)
+# Models slip into full-width punctuation between Chinese words; inside texts it stays as it is.
+_OPEN, _CLOSE, _IS, _COMMA = "[(（]", "[)）]", "[=＝:：]", "[,，、]"
+_CALL = re.compile(
+    rf"do\(action=|finish\(message=|(?<![A-Za-z0-9_])(?:finish|do)\s*{_OPEN}\s*\w+\s*{_IS}"
+)
+_ANSWER = re.compile(rf"<answer>\s*(?=(?:do|finish)\s*{_OPEN})")
+_TAGS = re.compile(r"(?:</?(?:think|answer)>|<\|\w+\|>|\s)+")
+_FOLLOWING = re.compile(rf"[\"\]]{_CLOSE}\s*\n\s*(?:do\(action=|finish\(message=)")
+_CLOSERS = {'"': '"”“＂', "'": "'’‘", "“": '”"“', "”": '”"', "＂": '＂"', "‘": "’'", "「": "」"}
+_NEXT = re.compile(rf"\s*{_COMMA}?\s*(\w+)\s*{_IS}\s*(?=[{''.join(_CLOSERS)}\[(（［【\d])")
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_POINT = re.compile(rf"[\[(（［【]{_NUMBER}{_COMMA}{_NUMBER}[\])）］】]")
+_SECONDS = re.compile(r"\d+(?:\.\d+)?")
 
 
 def parse_answer(text: str) -> tuple[str, Action]:
     """Split an answer into its thinking and its action.
 
+    The action is the call after ``<answer>``; without that tag, the one after the thinking, or
+    whichever the client would take. A call that cannot be read gives way to the next.
+
     Raises:
         ActionParseError: No action, an unknown one, or arguments missing or out of range.
     """
-    body = text.strip().removesuffix("</answer>").strip()
+    body = text.strip()
+    first: ActionParseError | None = None
+    for start in _starts(body):
+        # Usually the last tag ends the action, and what follows it is chatter; a text may hold one.
+        ends = {max(body.rfind("</answer>"), start), len(body)} - {start}
+        for end in sorted(ends):
+            try:
+                return _thinking(body[:start]), parse_action(body[start:end], whole=text)
+            except ActionParseError as error:
+                first = first or error
+    raise first or _no_action("no do(...) or finish(...) in the answer", text)
+
+
+def _starts(body: str) -> Iterator[int]:
+    """Where calls begin, the likeliest first."""
+    tagged = _ANSWER.search(body)
+    if tagged is not None:
+        yield tagged.end()
     after = body.find("</think>")
     if after < 0:
         after = body.find("<answer>")
     calls = list(_CALL.finditer(body, max(0, after))) or list(_CALL.finditer(body))
-    if not calls:
-        raise _no_action("no do(...) or finish(...) in the answer", text)
     # A finish text may mention do(...) and the other way round: the first call after the thinking
     # counts. Where no tag ends the thinking, finish(...) goes first, as in the client.
-    finishes = [call for call in calls if after < 0 and call.group(1)]
-    start = (finishes or calls)[0].start()
-    head = body[:start].strip().removesuffix("<answer>").rstrip().removesuffix("</think>")
-    thinking = head.removeprefix("<think>").strip()
-    return thinking, parse_action(body[start:], whole=text)
+    finishes = [call for call in calls if after < 0 and call.group().startswith("finish")]
+    tries = [call.start() for call in (*finishes[:1], *calls[:8])]  # each may take a whole scan
+    yield from dict.fromkeys(tries)
+
+
+def _thinking(head: str) -> str:
+    """What stands before the call, without the tags at either end."""
+    opened = _TAGS.match(head)
+    head = head[opened.end() :] if opened else head
+    while tag := re.search(r"(?:</?(?:think|answer)>|<\|\w+\|>)$", head.rstrip()):
+        head = head[: tag.start()]
+    return head.strip()
 
 
 def parse_action(text: str, *, whole: str | None = None) -> Action:
@@ -133,69 +320,102 @@ def parse_action(text: str, *, whole: str | None = None) -> Action:
     """
     source = whole if whole is not None else text
     following = _FOLLOWING.search(text)  # some answers go on with a second call: the first counts
-    head, _, rest = text[: following.start() + 2 if following else None].partition("(")
-    arguments = _parse_arguments(rest, source)
-    if head.strip() == "finish":
-        if not isinstance(arguments.get("message"), str):
-            raise _no_action("finish(...) without a message", source)
-        return Action("finish", {"message": arguments["message"]})
-    name = arguments.pop("action", None)
-    if head.strip() != "do" or not isinstance(name, str) or name not in ARGUMENTS:
+    head, *rest = re.split(_OPEN, text[: following.start() + 2 if following else None], maxsplit=1)
+    head = head.strip()
+    arguments = _parse_arguments(rest[0] if rest else "", source, finish=head == Finish.name)
+    name: Argument | None = head
+    if head != Finish.name:
+        name = arguments.pop("action", None)
+        if isinstance(name, str):
+            name = _NAMES.get(_plain(name), name)
+    if head != (Finish.name if name == Finish.name else "do") or name not in ACTIONS:
         raise _no_action(f"unknown action {name!r}", source)
-    required, optional = ARGUMENTS[name]
-    missing = [key for key in required if key not in arguments]
-    unknown = [key for key in arguments if key not in required + optional]
-    if missing or unknown:
-        raise _no_action(f"{name} with arguments {sorted(arguments)}, needs {required}", source)
-    for key, value in arguments.items():
-        if isinstance(value, str) == (key in _POINTS):
-            raise _no_action(f"{name}: argument {key} is {value!r}", source)
-    return Action(name, arguments)
+    kind = ACTIONS[str(name)]
+    if kind is Wait and isinstance(duration := arguments.get("duration"), str):
+        found = _SECONDS.search(duration)
+        arguments["duration"] = f"{float(found[0]):g} seconds" if found else duration
+    try:
+        return kind(**arguments)
+    except ValidationError as error:
+        raise _no_action(_told(kind, error, arguments), source) from error
 
 
-def _parse_arguments(rest: str, source: str) -> dict[str, Argument]:
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_\-]", "", name).casefold()
+
+
+_NAMES = {_plain(name): name for name in ACTIONS if name != Finish.name}
+
+
+def _told(kind: type[Action], error: ValidationError, arguments: dict[str, Argument]) -> str:
+    """The first thing that is wrong with an action's arguments."""
+    required = [name for name, (_, is_required) in kind.kinds().items() if is_required]
+    problem = error.errors(include_url=False)[0]
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] in ("missing", "extra_forbidden"):
+        return f"{kind.name} with arguments {sorted(arguments)}, needs {required}"
+    return f"{kind.name}: argument {key} is {arguments.get(key)!r}"
+
+
+def _parse_arguments(rest: str, source: str, *, finish: bool) -> dict[str, Argument]:
     """Read ``name=value, name=value)``; strings end where an argument or ``)`` follows."""
     arguments: dict[str, Argument] = {}
     at = 0
     while match := _NEXT.match(rest, at):
-        at = match.end()
+        at, name = match.end(), match.group(1)
         value: Argument
-        if rest[at] == "[":
+        if rest[at] in _CLOSERS:
+            action = arguments.get("action")
+            kind = Finish if finish else ACTIONS.get(action if isinstance(action, str) else "")
+            last = kind is not None and kind.sliced and name in kind.model_fields
+            end = _call_end(rest, at) if last else -1
+            end = _string_end(rest, at) if end < 0 else end
+            if end < 0:
+                raise _no_action(f"{name} has no closing quote", source)
+            value = _unquote(rest[at + 1 : end], rest[at])
+            at = end + 1
+        elif number := _SECONDS.match(rest, at):
+            value, at = number[0], number.end()  # duration=3, without quotes
+        else:
             point = _POINT.match(rest, at)
             if point is None:
-                raise _no_action(f"{match.group(1)} is no [x,y] pair", source)
+                raise _no_action(f"{name} is no [x,y] pair", source)
             value = _point(point, source)
             at = point.end()
-        else:
-            end = _string_end(rest, at)
-            if end < 0:
-                raise _no_action(f"{match.group(1)} has no closing quote", source)
-            value = _unquote(rest[at + 1 : end])
-            at = end + 1
-        arguments[match.group(1)] = value
-    if not rest[at:].lstrip().startswith(")"):
+        arguments[name] = value
+    if not re.match(_CLOSE, rest[at:].lstrip()):
         raise _no_action("the call is not closed", source)
     return arguments
 
 
+def _call_end(rest: str, at: int) -> int:
+    """Index of the last quote that closes the call: there the client ends a text; -1: none."""
+    ends = (rest.rfind(f"{quote})", at + 1) for quote in _CLOSERS[rest[at]])
+    return next((end for end in ends if end >= 0), -1)
+
+
 def _string_end(rest: str, at: int) -> int:
     """Index of the quote that closes the string opened at ``at``; quotes inside text are common."""
-    quote, end = rest[at], at
-    while (end := rest.find(quote, end + 1)) >= 0:
-        first = end
-        while rest[first - 1] == "\\":
-            first -= 1
-        if (end - first) % 2:  # an odd number of backslashes escapes the quote
-            continue
-        tail = rest[end + 1 :].lstrip()
-        if tail.startswith(")") or _NEXT.match("," + tail.removeprefix(",")):
-            closing = rest.rfind(quote + ")")
-            # The last '")' closes the call: a '")' inside the text does not end it.
-            return closing if tail.startswith(")") and closing > end else end
+    for quote in _CLOSERS[rest[at]]:
+        end = at
+        while (end := rest.find(quote, end + 1)) >= 0:
+            first = end
+            while rest[first - 1] == "\\":
+                first -= 1
+            if (end - first) % 2:  # an odd number of backslashes escapes the quote
+                continue
+            tail = rest[end + 1 : end + 200].lstrip()
+            if re.match(_CLOSE, tail):
+                # The last '")' closes the call: a '")' inside the text does not end it.
+                return max(end, rest.rfind(quote + ")"), rest.rfind(quote + "）"))
+            if _NEXT.match("," + re.sub(f"^{_COMMA}", "", tail)):
+                return end
     return -1
 
 
-def _unquote(raw: str) -> str:
+def _unquote(raw: str, quote: str) -> str:
+    if quote == "'":
+        raw = raw.replace("\\'", "'")
     try:
         value = str(json.loads(f'"{raw}"', strict=False))  # takes line breaks as they are
         value.encode()  # half a surrogate pair is no text
@@ -211,10 +431,17 @@ def _point(match: re.Match[str], source: str) -> tuple[int, int]:
     return round(x), round(y)
 
 
-def _render_value(value: Argument) -> str:
+def _render_value(value: Argument, *, raw: bool) -> str:
     if isinstance(value, tuple):
         return f"[{value[0]},{value[1]}]"
-    return json.dumps(value, ensure_ascii=False)
+    return f'"{value}"' if raw else json.dumps(value, ensure_ascii=False)
+
+
+def _reads_as(text: str, action: Action) -> bool:
+    try:
+        return parse_action(text) == action
+    except ActionParseError:
+        return False
 
 
 def _no_action(what: str, text: str) -> ActionParseError:

@@ -24,7 +24,7 @@ LEVELS = (
     ("session", "embedded"),
     ("generation",),
     ("conversion", "engine"),
-    ("memory", "sampling"),
+    ("memory", "sampling", "annotate"),
     ("hub",),
     ("hub_client", "checkpoint", "prompt", "vision", "actions", "stream", "devices"),
     ("hub_cache", "native", "gguf"),

@@ -529,7 +529,8 @@ def test_act_ends_at_the_end_of_answer_on_any_model(stop: str | Sequence[str]) -
 
 def test_act_keeps_the_callers_stops() -> None:
     model = AutoGLM(FakeEngine(b'do(action="Home") STOP </answer>', stop_strings=()))
-    assert model.act("home", stop="STOP").text == 'do(action="Home") '
+    step = model.act("home", stop="STOP", constrain=None)
+    assert step.text == 'do(action="Home") '
     with pytest.raises(ValueError, match="stop: a tuple of strings"):
         model.act("home", stop=5)
 
@@ -561,7 +562,7 @@ def test_act_describes_the_actions_in_the_tasks_language_by_default() -> None:
 
 def test_act_refuses_an_answer_without_an_action() -> None:
     with pytest.raises(ActionParseError) as caught:
-        raw_model(b"I do not know").act("open")
+        raw_model(b"I do not know").act("open", constrain=None)
     assert caught.value.text == "I do not know"
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 CacheType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 ContentFormat: TypeAlias = Literal["openai", "string"]
 CACHE_TYPES: tuple[CacheType, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
 CONTENT_FORMATS: tuple[ContentFormat, ...] = ("openai", "string")
+CONSTRAIN_ACTION = "action"
 MAX_SEED = 2**32 - 2  # llama.cpp takes 0xFFFFFFFF for "draw one"
 
 
@@ -93,8 +95,33 @@ class SamplingParams:
     repeat_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     """Strings that end the answer; they are not part of it."""
+    constrain: str | Mapping[str, Any] | None = None
+    """``"action"``: thinking, then one action of the client's grammar and nothing after it. A JSON
+    schema: a document that it describes, from the first token on. None leaves answers free."""
+    apps: tuple[str, ...] = ()
+    """With ``constrain="action"``, the only names that ``Launch`` may open; empty: any."""
+
+    @classmethod
+    def of(cls, **values: Any) -> SamplingParams:
+        """From values as callers give them: stop may be one string, stop and apps lists.
+
+        Raises:
+            ValueError, TypeError: A value outside its range, or unknown.
+        """
+        if isinstance(values.get("stop"), str):
+            values["stop"] = (values["stop"],)
+        lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+        return cls(**{**values, **lists})
 
     def __post_init__(self) -> None:
+        if self.constrain not in (None, CONSTRAIN_ACTION) and not isinstance(
+            self.constrain, Mapping
+        ):
+            raise ValueError(
+                f"constrain {self.constrain!r}: not {CONSTRAIN_ACTION!r}, a JSON schema or None"
+            )
+        if not _are_strings(self.apps) or (self.apps and self.constrain != CONSTRAIN_ACTION):
+            raise ValueError("apps: names that are not empty, with constrain='action'")
         _check_ints(self, "max_tokens", "top_k", "seed")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens {self.max_tokens}: at least 1")
@@ -108,8 +135,12 @@ class SamplingParams:
             raise ValueError(f"top_k {self.top_k}: at least 0 (0 switches it off)")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed {self.seed}: not in 0..{MAX_SEED}")
-        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
+        if not _are_strings(self.stop):
             raise ValueError("stop: a tuple of strings that are not empty")
+
+
+def _are_strings(values: object) -> bool:
+    return isinstance(values, tuple) and all(isinstance(s, str) and s for s in values)
 
 
 def _check_ints(values: object, *fields: str, may_be_none: bool = True) -> None:

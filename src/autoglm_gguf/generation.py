@@ -5,14 +5,22 @@ Knows an engine and a checked request; knows nothing of messages, templates or t
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from autoglm_gguf.actions_grammar import compile_actions
 from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.engine.base import Engine, Sampler
 from autoglm_gguf.messages import Chunk, FinishReason, Timings, Usage
+from autoglm_gguf.sampling import (
+    ActionConstraint,
+    ActionTokens,
+    Constraint,
+    GrammarConstraint,
+)
 from autoglm_gguf.stream import TextStream
 from autoglm_gguf.vision import Pixels
 
@@ -44,6 +52,7 @@ class Run:
         self._engine, self._request, self._stopped = engine, request, stopped
         self._text = TextStream((*request.params.stop, *engine.info.stop_strings))
         self._sampler: Sampler | None = None
+        self._constraint: Constraint | None = None
         self._timings = Timings()
         self._n_predicted = 0
         self._predicted_ms = self._ttft_ms = 0.0
@@ -55,29 +64,50 @@ class Run:
             yield self._last("", (), "cancelled")
             return
         self._sampler = self._engine.open_sampler(self._request.params)
+        self._constraint = open_constraint(self._engine, self._request.params)
         pending: list[int] = []
         first = 0.0
         while True:
-            token = self._sampler.sample()
-            self._n_predicted += 1
-            pending.append(token)
+            chosen, shown, reason = self._choose(), "", None
             now = time.perf_counter()
             first = first or now
             self._predicted_ms, self._ttft_ms = 1000 * (now - first), 1000 * (first - self._began)
-            ended = token in self._engine.info.stop_ids
-            shown = "" if ended else self._text.push(self._engine.token_bytes(token))
-            reason = self._reason(ended or self._text.stopped)
-            if reason is not None:
-                yield self._last(shown, tuple(pending), reason)
-                return
+            for n, token in enumerate(chosen, 1):
+                self._n_predicted += 1
+                pending.append(token)
+                ended = token in self._engine.info.stop_ids
+                shown += "" if ended else self._text.push(self._engine.token_bytes(token))
+                ended = ended or (n == len(chosen) and self._is_complete())
+                reason = self._reason(ended or self._text.stopped)
+                if reason is not None:
+                    yield self._last(shown, tuple(pending), reason)
+                    return
             if shown:
                 yield Chunk(shown, tuple(pending))
                 pending.clear()
-            self._engine.eval_tokens([token])
+            for at in range(0, len(chosen), self._engine.n_batch):
+                self._engine.eval_tokens(chosen[at : at + self._engine.n_batch])
+
+    def _choose(self) -> list[int]:
+        """The next tokens: a sampled one, and those a constraint leaves no choice about."""
+        assert self._sampler is not None
+        if self._constraint is not None:
+            return self._constraint.next_tokens(self._sampler, self._n_left())
+        token = self._sampler.sample()
+        self._sampler.accept(token)
+        return [token]
+
+    def _n_left(self) -> int:
+        """Tokens until `_reason` ends the answer."""
+        room = self._engine.info.n_ctx + 1 - self._request.n_prompt
+        return min(self._request.params.max_tokens or room, room) - self._n_predicted
+
+    def _is_complete(self) -> bool:
+        return self._constraint is not None and self._constraint.complete
 
     def _reason(self, ended: bool) -> FinishReason | None:
         if ended:
-            return "stop"
+            return "length" if self._constraint is not None and self._constraint.cut else "stop"
         if self._stopped.is_set():
             return "cancelled"
         limit = self._request.params.max_tokens
@@ -123,7 +153,25 @@ class Run:
         return Chunk(shown + self._text.finish(), tokens, reason, usage, timings)
 
     def close(self) -> None:
-        """Release the sampler."""
+        """Release the sampler and the constraint."""
+        if self._constraint is not None:
+            self._constraint.close()
+            self._constraint = None
         if self._sampler is not None:
             self._sampler.close()
             self._sampler = None
+
+
+def open_constraint(engine: Engine, params: SamplingParams) -> Constraint | None:
+    """What holds an answer, if anything does.
+
+    Raises:
+        ValueError: A JSON schema that cannot be turned into a grammar.
+    """
+    if params.constrain is None:
+        return None
+    if isinstance(params.constrain, Mapping):
+        return GrammarConstraint(engine.open_grammar(json.dumps(dict(params.constrain))))
+    info = engine.info
+    automaton = compile_actions(params.apps)
+    return ActionConstraint(ActionTokens(engine, info.n_vocab, info.stop_ids, automaton))

@@ -43,6 +43,7 @@ from autoglm_gguf.messages import (
     parse_messages,
 )
 from autoglm_gguf.prompt import Prompt, render_prompt
+from autoglm_gguf.sampling import act_options
 from autoglm_gguf.vision import Pixels, read_pixels
 
 _AUTO_SYSTEM = "auto"
@@ -199,7 +200,7 @@ class AutoGLM:
             image: A screenshot for a prompt that is a string; it comes before the text.
             raw: Complete the string as it is, without the chat template.
             **sampling: Fields of `SamplingParams`: max_tokens, temperature, top_p, top_k, min_p,
-                seed, frequency_penalty, presence_penalty, repeat_penalty, stop.
+                seed, frequency_penalty, presence_penalty, repeat_penalty, stop, constrain, apps.
 
         Returns:
             Chunks whose texts add up to the answer; the last has finish_reason, usage and timings.
@@ -283,14 +284,15 @@ class AutoGLM:
                 language, None leaves it out.
             current_app: Shown to the model in the client's layout.
             max_tokens: For thinking and action together.
-            **sampling: See `stream`; greedy by default.
+            **sampling: See `stream`; greedy, and held to the action language, by default
+                (``constrain=None`` lifts it). ``apps`` lists the names Launch may open.
 
         Raises:
             ActionParseError: The answer holds no valid action.
             Exception: Everything `stream` raises.
         """
         messages = self._act_messages(task, screenshot, system, current_app)
-        answer = self.generate(messages, max_tokens=max_tokens, **_end_with_answer(sampling))
+        answer = self.generate(messages, max_tokens=max_tokens, **act_options(sampling))
         thinking, action = parse_answer(answer.text)
         return Step(thinking, action, answer.text, answer.usage, answer.timings)
 
@@ -299,7 +301,7 @@ class AutoGLM:
         system = options.pop("system", _AUTO_SYSTEM)
         messages = self._act_messages(task, screenshot, system, options.pop("current_app", None))
         options.setdefault("max_tokens", 512)
-        chunks = [chunk async for chunk in self.astream(messages, **_end_with_answer(options))]
+        chunks = [chunk async for chunk in self.astream(messages, **act_options(options))]
         answer = collect(chunks)
         thinking, action = parse_answer(answer.text)
         return Step(thinking, action, answer.text, answer.usage, answer.timings)
@@ -355,11 +357,7 @@ class AutoGLM:
         sampling: dict[str, Any],
         stopped: threading.Event | None = None,
     ) -> Request:
-        if isinstance(sampling.get("stop"), str):
-            sampling = {**sampling, "stop": (sampling["stop"],)}
-        elif isinstance(sampling.get("stop"), list):
-            sampling = {**sampling, "stop": tuple(sampling["stop"])}
-        params = SamplingParams(**sampling)
+        params = SamplingParams.of(**sampling)
         if image is not None:
             if not isinstance(prompt, str) or raw:
                 raise ValueError("image: goes with a prompt that is a string and not raw")
@@ -518,15 +516,6 @@ def collect(chunks: Iterator[Chunk] | Sequence[Chunk]) -> Completion:
         last.usage or Usage(),
         last.timings or Timings(),
     )
-
-
-def _end_with_answer(sampling: dict[str, Any]) -> dict[str, Any]:
-    """Sampling options with ``</answer>`` among the stops: there an action ends on any model."""
-    stop = sampling.get("stop", ())
-    if not isinstance(stop, str | list | tuple):
-        return sampling  # refused where it is read
-    given = (stop,) if isinstance(stop, str) else tuple(stop)
-    return {**sampling, "stop": (*given, END_OF_ANSWER)}
 
 
 def close_answer(text: str) -> str:

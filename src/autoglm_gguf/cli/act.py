@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
+from autoglm_gguf.annotate import annotate
 from autoglm_gguf.cli import options, output
 from autoglm_gguf.cli.plan import draw_memory, memory_as_json
+from autoglm_gguf.config import CONSTRAIN_ACTION
+from autoglm_gguf.vision import open_image
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,13 +22,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--current-app", metavar="NAME", help="shown to the model")
     parser.add_argument("--no-system", action="store_true", help="leave the system prompt out")
     parser.add_argument("--json", action="store_true", help="print the step as JSON")
+    parser.add_argument(
+        "--annotate", metavar="PNG", help="write the screenshot with the tap or swipe drawn on it"
+    )
     options.add_sampling_options(parser, max_tokens=512)
+    parser.add_argument(
+        "--no-constrain",
+        dest="constrain",
+        action="store_const",
+        const=None,
+        default=CONSTRAIN_ACTION,
+        help="let the model write what it will, an invalid action too",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print thinking and action."""
     sampling = options.sampling_arguments(arguments)
+    if arguments.annotate is not None:
+        _check_drawing(arguments)
     with options.load_model(arguments) as model:
         step = model.act(
             arguments.task,
@@ -35,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
         memory = memory_as_json(model) if arguments.stats else None
         lines = [*draw_memory(model)] if arguments.stats else []
+    if arguments.annotate is not None:
+        annotate(open_image(arguments.screenshot), step.action).save(arguments.annotate)
     if arguments.json:
         facts = {
             "thinking": step.thinking,
@@ -49,3 +68,11 @@ def run(arguments: argparse.Namespace) -> None:
     output.write(step.action.render())
     for line in lines:
         output.note(line)
+
+
+def _check_drawing(arguments: argparse.Namespace) -> None:
+    """Refuse what could not be drawn before minutes are spent on the answer."""
+    if arguments.screenshot is None:
+        raise ValueError("--annotate: needs --screenshot, to draw on")
+    if Path(arguments.annotate).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"--annotate {arguments.annotate}: not a .png or .jpg file")

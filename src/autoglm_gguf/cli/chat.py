@@ -18,6 +18,7 @@ from typing import Any
 from autoglm_gguf.cli import options, output
 from autoglm_gguf.cli.plan import draw_memory
 from autoglm_gguf.cli.prompt_line import EndOfInput, LineReader, open_reader
+from autoglm_gguf.config import CONSTRAIN_ACTION
 from autoglm_gguf.errors import AutoGLMError
 from autoglm_gguf.messages import Chunk, ImagePart
 from autoglm_gguf.session import AutoGLM, ChatSession
@@ -42,6 +43,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--image", metavar="PATH", help="image for the first message")
     parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     options.add_sampling_options(parser, max_tokens=512)
+    held = parser.add_mutually_exclusive_group()
+    held.add_argument(
+        "--constrain",
+        choices=[CONSTRAIN_ACTION],
+        help="action: every answer is thinking and one valid action",
+    )
+    held.add_argument(
+        "--json-schema",
+        dest="constrain",
+        type=options.read_schema,
+        metavar="FILE",
+        help="every answer is a JSON document that this schema describes",
+    )
     parser.set_defaults(run=run)
 
 

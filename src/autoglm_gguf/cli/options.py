@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from autoglm_gguf.cli import output
 from autoglm_gguf.config import CACHE_TYPES, CONTENT_FORMATS, ContextParams, SamplingParams
+from autoglm_gguf.errors import AutoGLMError
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET
 from autoglm_gguf.memory.offload import ALL, AUTO
 from autoglm_gguf.session import AutoGLM
@@ -107,15 +110,38 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
     parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="F")
     parser.add_argument("--repeat-penalty", type=float, default=1.0, metavar="F")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    parser.add_argument(
+        "--apps", metavar="FILE", help="names that Launch may open, one a line; others cannot come"
+    )
 
 
 def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sampling options as keyword arguments of `AutoGLM.stream`, checked before loading."""
-    keys = SamplingParams.__dataclass_fields__
+    keys = [key for key in SamplingParams.__dataclass_fields__ if key != "apps"]
     chosen = {key: getattr(arguments, key) for key in keys}
-    chosen["stop"] = tuple(chosen["stop"])
-    SamplingParams(**chosen)
+    if arguments.apps is not None:
+        lines = _read_text(arguments.apps).splitlines()
+        chosen["apps"] = [line.strip() for line in lines if line.strip()]
+    SamplingParams.of(**chosen)
     return chosen
+
+
+def read_schema(path: str) -> dict[str, Any]:
+    """A JSON schema from a file, as a type for argparse."""
+    try:
+        schema = json.loads(_read_text(path))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path}: not JSON ({error})") from error
+    if not isinstance(schema, dict):
+        raise argparse.ArgumentTypeError(f"{path}: not a JSON schema (no object)")
+    return schema
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise AutoGLMError(f"{path}: cannot be read ({error})", hint="check the path") from error
 
 
 def memory_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.gguf.describe import VisionLimits
 from autoglm_gguf.memory.plan import MemoryPlan
+from autoglm_gguf.sampling import Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +54,13 @@ class ImageEmbedding:
 
 
 class Sampler(Protocol):
-    """Chooses tokens and remembers what it chose."""
+    """Chooses tokens and remembers those that were accepted."""
 
-    def sample(self) -> int:
-        """The next token, from the logits of the last evaluated one."""
+    def sample(self, among: NDArray[np.int32] | None = None) -> int:
+        """A token from the logits of the last evaluated one, of ``among`` (ids) if given."""
+
+    def accept(self, token: int) -> None:
+        """Remember a token as part of the answer."""
 
     def close(self) -> None:
         """Release it."""
@@ -97,6 +101,13 @@ class Engine(Protocol):
 
     def open_sampler(self, params: SamplingParams) -> Sampler:
         """A fresh sampler."""
+
+    def open_grammar(self, schema: str) -> Grammar:
+        """The grammar of the JSON documents that a JSON schema describes.
+
+        Raises:
+            ValueError: The schema cannot be turned into a grammar.
+        """
 
     def close(self) -> None:
         """Free everything; the engine must not be used any more."""

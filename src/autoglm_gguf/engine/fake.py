@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
-from autoglm_gguf.errors import ContextFullError, ImageError
+from autoglm_gguf.errors import ContextFullError, EngineError, ImageError
 from autoglm_gguf.gguf.describe import GLM_TEMPLATE, VisionLimits
 from autoglm_gguf.gguf.names import END_OF_ANSWER
+from autoglm_gguf.sampling import Grammar
 
 STOP = 256
 IMAGE = 257
@@ -106,20 +107,36 @@ class FakeEngine:
         answer = self._answer if isinstance(self._answer, bytes) else self._answer(prompt)
         return FakeSampler(answer)
 
+    def open_grammar(self, schema: str) -> Grammar:
+        """Refused: it knows no grammars.
+
+        Raises:
+            EngineError: Always.
+        """
+        raise EngineError("fake: follows no JSON schema", hint="load a model")
+
     def close(self) -> None:
         """Mark it closed."""
         self.closed = True
 
 
 class FakeSampler:
-    """Gives an answer's bytes one by one, then `STOP` for ever."""
+    """Wants an answer's bytes one by one, then `STOP` for ever.
+
+    What is accepted in place of the byte it wants does not move it on.
+    """
 
     def __init__(self, answer: bytes) -> None:
-        self._tokens = iter([*answer])
+        self._answer, self._at = answer, 0
 
-    def sample(self) -> int:
-        """The next byte, or `STOP`."""
-        return next(self._tokens, STOP)
+    def sample(self, among: NDArray[np.int32] | None = None) -> int:
+        """The next byte, or `STOP`; the lowest of ``among`` if that is not there."""
+        wanted = self._answer[self._at] if self._at < len(self._answer) else STOP
+        return wanted if among is None or wanted in among else int(among.min())
+
+    def accept(self, token: int) -> None:
+        """Move on if it is the wanted byte."""
+        self._at += self._answer[self._at : self._at + 1] == bytes([token % STOP])
 
     def close(self) -> None:
         """Nothing to release."""

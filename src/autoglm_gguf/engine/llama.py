@@ -22,6 +22,7 @@ from autoglm_gguf.errors import ImageError
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.describe import ModelDescription, VisionLimits, describe_pair
 from autoglm_gguf.memory.plan import MemoryPlan
+from autoglm_gguf.native.grammar import GrammarState, schema_to_grammar
 from autoglm_gguf.native.library import buffer_report
 from autoglm_gguf.native.llama import LlamaContext, SamplerChain
 from autoglm_gguf.native.mtmd import VisionTower
@@ -221,6 +222,14 @@ class LlamaEngine:
             SamplerChain(self._model, params, n_ctx=self._info.n_ctx), self._context
         )
 
+    def open_grammar(self, schema: str) -> GrammarState:
+        """The grammar of the JSON documents that a JSON schema describes.
+
+        Raises:
+            ValueError: The schema cannot be turned into a grammar.
+        """
+        return GrammarState(self._model, schema_to_grammar(schema))
+
     def close(self) -> None:
         """Free the vision tower, the context and the weights."""
         self._close_tower()
@@ -236,8 +245,11 @@ class _LlamaSampler:
     def __init__(self, chain: SamplerChain, context: LlamaContext) -> None:
         self._chain, self._context = chain, context
 
-    def sample(self) -> int:
-        return self._chain.sample(self._context)
+    def sample(self, among: NDArray[np.int32] | None = None) -> int:
+        return self._chain.sample(self._context, among)
+
+    def accept(self, token: int) -> None:
+        self._chain.accept(token)
 
     def close(self) -> None:
         self._chain.close()

@@ -10,7 +10,7 @@ import ctypes
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,8 @@ class LlamaModel:
                 self.close()
         if not self.handle:
             raise engine_error(f"{path.name}: llama.cpp could not load the model")
-        self._vocab = self._llama.llama_model_get_vocab(self.handle)
-        self.n_vocab = int(self._llama.llama_vocab_n_tokens(self._vocab))
+        self.vocab = self._llama.llama_model_get_vocab(self.handle)
+        self.n_vocab = int(self._llama.llama_vocab_n_tokens(self.vocab))
         self.n_embd = int(self._llama.llama_model_n_embd_inp(self.handle))
         self.n_ctx_train = int(self._llama.llama_model_n_ctx_train(self.handle))
         rope_type = self._llama.llama_model_rope_type(self.handle)
@@ -120,7 +120,7 @@ class LlamaModel:
         data = text.encode()
         capacity = len(data) + 8
         ids = (ctypes.c_int32 * capacity)()
-        n = self._llama.llama_tokenize(self._vocab, data, len(data), ids, capacity, False, True)
+        n = self._llama.llama_tokenize(self.vocab, data, len(data), ids, capacity, False, True)
         if n < 0:  # more tokens than bytes cannot happen with a byte-level BPE
             raise engine_error(f"llama.cpp: could not tokenise {len(data)} bytes")
         return list(ids[:n])
@@ -132,10 +132,16 @@ class LlamaModel:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = self._llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            n = self._llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        is_control = self._llama.llama_vocab_is_control
+        return frozenset(n for n in range(self.n_vocab) if is_control(self.vocab, n))
 
     def close(self) -> None:
         """Free the weights. Every context made from them must be closed before."""
@@ -330,6 +336,16 @@ class LlamaContext:
             self.handle = None
 
 
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""llama.h, ``llama_token_data``."""
+
+
+def candidate_array(llama: Any, candidates: NDArray[Any]) -> Any:
+    """llama.cpp's view of ``(n,)`` `CANDIDATE` records, which must outlive it."""
+    data = ctypes.cast(candidates.ctypes.data, llama.llama_token_data_p)
+    return llama.llama_token_data_array(data, len(candidates), -1, False)
+
+
 class SamplerChain:
     """llama.cpp's samplers in the official server's order; remembers generated tokens only.
 
@@ -367,18 +383,34 @@ class SamplerChain:
             links.append(llama.llama_sampler_init_dist(seed))
         for link in links:
             llama.llama_sampler_chain_add(self.handle, link)
+        self._ids = np.arange(model.n_vocab, dtype=np.int32)
+        self._candidates = np.zeros(model.n_vocab, CANDIDATE)
 
-    def sample(self, context: LlamaContext) -> int:
-        """Choose from the last output's logits and remember the choice for the penalties.
+    def sample(self, context: LlamaContext, among: NDArray[np.int32] | None = None) -> int:
+        """Choose from the last output's logits; the penalties count it when it is accepted.
+
+        Args:
+            context: Has evaluated a batch.
+            among: Ids to choose from, at least one; None means all.
 
         Raises:
             EngineError: The logits hold NaN, which llama.cpp's samplers do not survive.
         """
-        if not bool(np.isfinite(context.logits().max())):
+        logits = context.logits()
+        if not bool(np.isfinite(logits.max())):
             raise engine_error(
                 "model: its logits are not finite", hint="convert the checkpoint again and verify"
             )
-        return int(self._llama.llama_sampler_sample(self.handle, context.handle, -1))
+        candidates = self._candidates[: len(logits) if among is None else len(among)]
+        candidates["id"] = self._ids if among is None else among
+        candidates["logit"] = logits if among is None else logits[among]
+        array = candidate_array(self._llama, candidates)
+        self._llama.llama_sampler_apply(self.handle, ctypes.byref(array))
+        return int(array.data[array.selected].id)
+
+    def accept(self, token: int) -> None:
+        """Remember a token as generated."""
+        self._llama.llama_sampler_accept(self.handle, token)
 
     def close(self) -> None:
         """Free the chain and its links."""

@@ -1,0 +1,95 @@
+"""llama.cpp's grammars, followed token by token; from JSON schemas by the bindings' own converter.
+
+Checks what llama.cpp would end the process over: only tokens that were found allowed are accepted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_gguf.native.library import clear_errors, engine_error, load_llama
+from autoglm_gguf.native.llama import CANDIDATE, LlamaModel, candidate_array
+
+
+def schema_to_grammar(schema: str) -> str:
+    """A JSON schema as llama.cpp's grammar (GBNF), properties in the schema's order.
+
+    Raises:
+        ValueError: It is no JSON, or uses what the converter does not know.
+    """
+    load_llama()
+    converter = importlib.import_module("llama_cpp.llama_grammar")
+    try:
+        order = list(json.loads(schema).get("properties", {}))
+        return str(converter.json_schema_to_gbnf(schema, order))
+    except Exception as error:  # it raises nearly everything, AssertionError among it
+        raise ValueError(
+            f"schema: cannot be turned into a grammar ({type(error).__name__}: {error})"
+        ) from error
+
+
+class GrammarState:
+    """Where an answer is in a grammar.
+
+    Args:
+        model: Outlives the state.
+        grammar: GBNF with a rule ``root``.
+
+    Raises:
+        EngineError: llama.cpp refused the grammar.
+    """
+
+    def __init__(self, model: LlamaModel, grammar: str) -> None:
+        self._llama, self._model = load_llama(), model
+        clear_errors()
+        self.handle = self._llama.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
+        if not self.handle:
+            raise engine_error("grammar: llama.cpp refused it", hint="simplify the JSON schema")
+        self._one = np.zeros(1, CANDIDATE)
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+        if token in self._model.control_ids and not self._ends(token):
+            return False  # llama.cpp would take its name as text, but it shows nothing
+        self._one["id"], self._one["logit"] = token, 0
+        return bool(len(self._apply(self._one)))
+
+    def allowed(self) -> NDArray[np.int32]:
+        """Ids of all tokens that may come next."""
+        candidates = np.zeros(self._model.n_vocab, CANDIDATE)
+        candidates["id"] = np.arange(self._model.n_vocab)
+        allowed = self._apply(candidates)
+        control = [n for n in self._model.control_ids if not self._ends(n)]
+        return allowed[~np.isin(allowed, control)]
+
+    def _apply(self, candidates: NDArray[np.void]) -> NDArray[np.int32]:
+        array = candidate_array(self._llama, candidates)
+        self._llama.llama_sampler_apply(self.handle, ctypes.byref(array))
+        ids: NDArray[np.int32] = candidates["id"][candidates["logit"] > -math.inf]
+        return ids
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token; True if it ends the answer.
+
+        Raises:
+            ValueError: The token is not allowed.
+        """
+        if not self.allows(token):
+            raise ValueError(f"token {token}: not allowed by the grammar")
+        self._llama.llama_sampler_accept(self.handle, token)
+        return self._ends(token)
+
+    def _ends(self, token: int) -> bool:
+        return bool(self._llama.llama_vocab_is_eog(self._model.vocab, int(token)))
+
+    def close(self) -> None:
+        """Free it."""
+        if self.handle:
+            self._llama.llama_sampler_free(self.handle)
+            self.handle = None

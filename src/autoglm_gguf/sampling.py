@@ -80,8 +80,8 @@ class Vocabulary:
         lengths = np.array([len(tokens[n]) for n in order], np.int64)
         offsets = np.cumsum(lengths) - lengths
         self._levels: list[tuple[NDArray[np.uint8], Ids, Ids, Ids]] = []
-        """Per depth: byte of each node, its first child (one more at the end), tokens that end
-        there and the node of each."""
+        """Per depth: each node's byte; its first child, and its first token among those that end
+        there, both one longer than the nodes; these tokens."""
         # Sorted, so that tokens with a common beginning lie side by side: a node is a run of them.
         run = np.zeros(len(ids), np.int64)  # which node of the level above each token goes through
         starts: list[NDArray[np.int64]] = []
@@ -93,15 +93,14 @@ class Vocabulary:
             node = np.cumsum(is_new) - 1
             starts.append(run[is_new])
             ends = lengths == depth + 1
-            self._levels.append(
-                (column[is_new], np.zeros(0, np.int32), ids[ends], node[ends].astype(np.int32))
-            )
+            first_id = _firsts(node[ends], int(is_new.sum()))
+            self._levels.append((column[is_new], np.zeros(0, np.int32), first_id, ids[ends]))
             ids, offsets, lengths, run = (a[~ends] for a in (ids, offsets, lengths, node))
             depth += 1
-        for depth, (byte, _, found, at) in enumerate(self._levels):
-            parents = starts[depth + 1] if depth + 1 < len(starts) else np.zeros(0, np.int64)
-            first = np.searchsorted(parents, np.arange(len(byte) + 1)).astype(np.int32)
-            self._levels[depth] = (byte, first, found, at)
+        starts.append(np.zeros(0, np.int64))
+        for depth, (byte, _, first_id, found) in enumerate(self._levels):
+            first_child = _firsts(starts[depth + 1], len(byte))
+            self._levels[depth] = (byte, first_child, first_id, found)
 
     def allowed(self, automaton: Automaton, state: int) -> Ids:
         """Ids of all tokens that an automaton lets through in a state, ascending."""
@@ -114,22 +113,32 @@ class Vocabulary:
 
     def _find(self, automaton: Automaton, state: int) -> Ids:
         found: list[Ids] = []
-        nodes = np.arange(len(self._levels[0][0]) if self._levels else 0)
+        nodes = np.arange(len(self._levels[0][0]) if self._levels else 0, dtype=np.int32)
         states = np.full(len(nodes), state, np.int16)
-        for byte, first, ids, at in self._levels:
+        for byte, first_child, first_id, ids in self._levels:
             states = automaton.table[states, byte[nodes]]
             alive = states != DEAD
             nodes, states = nodes[alive], states[alive]
             if not len(nodes):
                 break
-            reached = np.zeros(len(byte), bool)
-            reached[nodes] = True
-            found.append(ids[reached[at]])
-            n_children = first[nodes + 1] - first[nodes]
-            before = np.cumsum(n_children) - n_children
-            nodes = np.repeat(first[nodes] - before, n_children) + np.arange(n_children.sum())
+            found.append(ids[_runs(first_id, nodes)[0]])
+            nodes, n_children = _runs(first_child, nodes)
             states = np.repeat(states, n_children)
         return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int32)
+
+
+def _firsts(parents: NDArray[np.int64], n_parents: int) -> Ids:
+    """Where each parent's run begins in ascending ``parents``, and the end."""
+    return np.searchsorted(parents, np.arange(n_parents + 1)).astype(np.int32)
+
+
+def _runs(first: Ids, parents: Ids) -> tuple[Ids, Ids]:
+    """The members of several runs one after another, and how many each has."""
+    counts: Ids = first[parents + 1] - first[parents]
+    ends = np.cumsum(counts, dtype=np.int32)
+    members: Ids = np.repeat(first[parents] - ends + counts, counts)
+    members += np.arange(len(members), dtype=np.int32)
+    return members, counts
 
 
 class ActionTokens:

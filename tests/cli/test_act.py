@@ -70,10 +70,47 @@ def test_act_tells_memory_on_stderr_when_asked(
     assert printed.err.splitlines()[-1].split() == ["budget", "4.00", "GB"]
 
 
+def test_act_draws_what_it_would_touch(
+    acting_model: Path, screen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = [
+        "act",
+        str(acting_model),
+        "--task",
+        "t",
+        "--n-threads",
+        "1",
+        "--screenshot",
+        str(screen),
+    ]
+    assert main([*task, "--annotate", str(tmp_path / "out.png")]) == 0
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.size == (112, 168)
+    assert main([*task, "--annotate", "out.gguf"]) == 2
+    assert main(["act", str(acting_model), "--task", "t", "--annotate", "out.png"]) == 2
+    assert "needs --screenshot" in capsys.readouterr().err
+
+
+def test_act_opens_listed_apps_only(
+    acting_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apps = tmp_path / "apps.txt"
+    apps.write_text("Chrome\n\n微博\n", "utf-8")
+    task = ["act", str(acting_model), "--task", "t", "--n-threads", "1"]
+    assert main([*task, "--apps", str(apps)]) == 0
+    out = capsys.readouterr().out  # it says 微信 in one token, for which there is no like
+    assert out.startswith(("do(", "finish(")) and "微信" not in out
+    assert main([*task, "--apps", str(tmp_path / "none.txt")]) == 1
+    assert main([*task, "--apps", str(apps), "--no-constrain"]) == 2
+
+
 def test_act_without_an_action_exits_with_1(
     endless_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["act", str(endless_model), "--task", "t", "--max-tokens", "5"]) == 1
+    task = ["act", str(endless_model), "--task", "t", "--n-threads", "1"]
+    assert main([*task, "--max-tokens", "60"]) == 0  # it is made to choose
+    assert capsys.readouterr().out.startswith(("do(", "finish("))
+    assert main([*task, "--max-tokens", "5", "--no-constrain"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "error: answer: no do(...) or finish(...)" in printed.err

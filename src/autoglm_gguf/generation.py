@@ -60,11 +60,11 @@ class Run:
 
     def chunks(self) -> Iterator[Chunk]:
         """Evaluate the prompt, then sample to the end; the last chunk has a finish_reason."""
+        self._constraint = open_constraint(self._engine, self._request.params)  # may refuse
         if not self._prefill():
             yield self._last("", (), "cancelled")
             return
         self._sampler = self._engine.open_sampler(self._request.params)
-        self._constraint = open_constraint(self._engine, self._request.params)
         pending: list[int] = []
         first = 0.0
         while True:

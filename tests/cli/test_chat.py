@@ -356,3 +356,18 @@ def test_chat_takes_bytes_that_are_no_text(random_pair: tuple[Path, Path]) -> No
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(b"context left") == 2
+
+
+@pytest.mark.native
+def test_chat_answers_in_a_schemas_json(
+    acting_model: Path, tmp_path: Path, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"ok": {"type": "boolean"}}}')
+    options = ["--n-threads", 1, "--temperature", 1, "--seed", 3, "--json-schema", schema]
+    result = run("chat", acting_model, *options, stdin="go\n")
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads(result.stdout)) <= {"ok"}
+    for content, named in (("{", "not JSON"), ("[]", "no object")):
+        schema.write_text(content)
+        assert named in run("chat", acting_model, "--json-schema", schema).stderr

@@ -52,8 +52,6 @@ def run(arguments: argparse.Namespace) -> None:
         )
         memory = memory_as_json(model) if arguments.stats else None
         lines = [*draw_memory(model)] if arguments.stats else []
-    if arguments.annotate is not None:
-        annotate(open_image(arguments.screenshot), step.action).save(arguments.annotate)
     if arguments.json:
         facts = {
             "thinking": step.thinking,
@@ -63,11 +61,13 @@ def run(arguments: argparse.Namespace) -> None:
             "timings": asdict(step.timings),
         }
         output.write_json(facts if memory is None else {**facts, "memory": memory})
-        return
-    output.note(output.dim(f"thinking: {step.thinking}"))
-    output.write(step.action.render())
-    for line in lines:
-        output.note(line)
+    else:
+        output.note(output.dim(f"thinking: {step.thinking}"))
+        output.write(step.action.render())
+        for line in lines:
+            output.note(line)
+    if arguments.annotate is not None:
+        annotate(open_image(arguments.screenshot), step.action).save(arguments.annotate)
 
 
 def _check_drawing(arguments: argparse.Namespace) -> None:

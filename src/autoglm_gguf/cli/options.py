@@ -130,6 +130,8 @@ def read_schema(path: str) -> dict[str, Any]:
     """A JSON schema from a file, as a type for argparse."""
     try:
         schema = json.loads(_read_text(path))
+    except AutoGLMError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{path}: not JSON ({error})") from error
     if not isinstance(schema, dict):
@@ -141,7 +143,8 @@ def _read_text(path: str) -> str:
     try:
         return Path(path).read_text("utf-8")
     except (OSError, ValueError) as error:
-        raise AutoGLMError(f"{path}: cannot be read ({error})", hint="check the path") from error
+        reason = getattr(error, "strerror", None) or error
+        raise AutoGLMError(f"{path}: cannot be read ({reason})", hint="check the path") from error
 
 
 def memory_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -81,7 +81,9 @@ class Chain:
         return token
 
     def accept(self, token: int) -> None:
+        began = time.thread_time()
         self._chain.accept(token)
+        self.seconds += time.thread_time() - began
         self._at += self._at < len(self._script) - 1 and token == self._script[self._at]
 
     def evaluate(self) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from parity import Original
 
-from autoglm_gguf import AutoGLM
+from autoglm_gguf import AutoGLM, parse_answer
+from autoglm_gguf.actions_grammar import compile_actions
 
 pytestmark = [pytest.mark.reference, pytest.mark.native, pytest.mark.slow]
 
@@ -70,3 +71,16 @@ def test_q8_0_answers_equal_the_originals_on_held_out_instructions(
 
 def _action(answer: str) -> str:
     return answer.rpartition("<answer>")[2].strip()
+
+
+def test_held_answers_to_held_out_instructions_are_valid_and_those_that_were_stay(
+    tiny_pair: Callable[[str], tuple[Path, Path]], held_out: list[dict[str, Any]]
+) -> None:
+    automaton = compile_actions()
+    with AutoGLM.load(tiny_pair("q8_0")[0], mmproj=None, n_ctx=2048) as model:
+        for item in held_out:
+            free = model.generate(item["messages"], max_tokens=MAX_TOKENS)
+            held = model.generate(item["messages"], max_tokens=MAX_TOKENS, constrain="action")
+            parse_answer(held.text)
+            if automaton.after(automaton.start, free.text.encode()) == automaton.complete:
+                assert held.tokens == free.tokens, item["id"]

@@ -30,6 +30,7 @@ Numbers: TypeAlias = NDArray[np.float32]
 ROOT = Path(__file__).parents[1]
 OUTTYPES = ("f16", "q8_0", "q4_0")
 MMPROJ = {"f32": "f16", "f16": "f16", "q8_0": "q8_0", "q4_0": "q8_0"}
+TASKS = ("打开微信", "Open Settings", "返回上一页", "Open Chrome", "打开设置", "Go back home")
 SIZE = (280, 616)  # pixels; multiples of 28, so that libmtmd leaves them alone
 MODES = {
     "batch, repacked": (128, True),
@@ -107,7 +108,8 @@ def build(spec: Build, llama_cpp: Path, work: Path, jobs: int) -> Path:
     libraries = ("-lmtmd", "-lllama", "-lggml", "-lggml-base")
     source = ROOT / "benchmarks" / "logits.cpp"
     include, lib = f"-I{prefix}/include", f"-L{prefix}/lib"
-    run(compiler, "-O2", include, source, "-o", prefix / "logits", lib, *libraries)
+    indirect = f"-Wl,-rpath-link,{prefix}/lib"
+    run(compiler, "-O2", include, source, "-o", prefix / "logits", lib, indirect, *libraries)
     return prefix
 
 
@@ -154,7 +156,7 @@ class Suite:
         }
         with AutoGLM.load(self.pairs["f32"].text, mmproj=None) as model:
             texts = []
-            for task in ("打开微信", "Open Settings"):
+            for task in TASKS:
                 said = [{"role": "user", "content": task}]
                 texts += [model.render(said).text, model.generate(said, max_tokens=48).text]
             self.ids = model.tokenize("".join(texts))

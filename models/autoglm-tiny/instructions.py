@@ -221,6 +221,12 @@ def make_step(pattern: Pattern, slots: Slots) -> Step:
     return Step(pattern, pattern.text.format(**slots), thought, action)
 
 
+def tap_answer(language: str, x: int, y: int) -> str:
+    """The whole answer that taps a point, as `make_step` writes it."""
+    action = _ACTIONS["Tap"].format(x=x, y=y)
+    return f"<think>{_THOUGHTS[language]['Tap']}</think>\n<answer>{action}</answer>"
+
+
 def done_step(pattern: Pattern) -> Step:
     """The step that ends a task of several steps in the pattern's language."""
     language = pattern.language
@@ -290,7 +296,7 @@ class Generator:
 
     def system(self, step: Step) -> Sample:
         """Layout of a first request of the phone client."""
-        messages = self._opening(step.pattern.language, self.sentence(step))
+        messages = self.opening(step.pattern.language, self.sentence(step))
         return Sample(messages, step, "system")
 
     def steps(self, language: str, last: Step | None) -> Sample:
@@ -315,7 +321,7 @@ class Generator:
         else:
             history = rng.choice((*range(1, before + 1), before))
         target = (*tasks, done_step(tasks[-1].pattern))[history]
-        messages = self._opening(language, self._cased(text, tasks[0].pattern))
+        messages = self.opening(language, self._cased(text, tasks[0].pattern))
         for past in tasks[:history]:
             messages.append({"role": "assistant", "content": past.history})
             info = json.dumps({"current_app": self._screen()}, ensure_ascii=False)
@@ -330,7 +336,7 @@ class Generator:
         text = self._cased(self._join(tasks, language, held_out=False), tasks[0].pattern)
         if layout == "bare":
             return Sample([{"role": "user", "content": text}], tasks[0], "bare")
-        return Sample(self._opening(language, text), tasks[0], "system")
+        return Sample(self.opening(language, text), tasks[0], "system")
 
     def _join(self, tasks: list[Step], language: str, held_out: bool) -> str:
         phrases = [task.phrase for task in tasks]
@@ -349,7 +355,8 @@ class Generator:
         apps = voc.APPS["zh"] + voc.APPS["en"]
         return self.rng.choice(voc.HOME_SCREENS if self.rng.random() < 0.3 else apps)
 
-    def _opening(self, language: str, text: str) -> list[Message]:
+    def opening(self, language: str, text: str) -> list[Message]:
+        """The messages of a first request of the phone client for a task."""
         info = json.dumps({"current_app": self._screen()}, ensure_ascii=False)
         return [
             {"role": "system", "content": self._system_prompt(language)},

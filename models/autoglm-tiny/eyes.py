@@ -150,9 +150,8 @@ class Run:
                 step = self.progress.step
                 rate = self._set_rate(optimizer, plan.tower_rate, plan.tower_steps)
                 pool = pools[choose_grid(plan, step)]
-                half = plan.tower_batch // 2
                 work = threads.map(
-                    lambda part, at=step, all=pool: self._tower_part(trained, all, at, part, half),
+                    lambda part, at=step, drawn=pool: self._tower_part(trained, drawn, at, part),
                     range(2),
                 )
                 found = add_gradients(trained, work, [0.5, 0.5])
@@ -161,9 +160,10 @@ class Run:
                 self._after_step(tally, rate, plan.tower_steps)
 
     def _tower_part(
-        self, trained: list[torch.Tensor], pool: list[Drawn], step: int, part: int, count: int
+        self, trained: list[torch.Tensor], pool: list[Drawn], step: int, part: int
     ) -> tuple[tuple[float, ...], tuple[torch.Tensor, ...]]:
         generator = torch.Generator().manual_seed(self.plan.seed + 2 * step + part)
+        count = self.plan.tower_batch // 2
         chosen = torch.randint(len(pool), (count,), generator=generator).tolist()
         batch = [pool[index] for index in chosen]
         found = run_tower(self.model.model.visual, patches(batch, generator), batch)
@@ -198,7 +198,9 @@ class Run:
                 ]
                 group += text.of_step(step)
                 last_part = step >= begin_rounded
-                wanted = list(threads.map(watch.logits, group)) if last_part else [None] * len(group)
+                wanted = (
+                    list(threads.map(watch.logits, group)) if last_part else [None] * len(group)
+                )
                 shares = training.batch_weights(group, equal=False)
                 with rounded(model, matrices if last_part else []):
                     work = threads.map(lambda a, b: watch.work(trained, a, b), group, wanted)
@@ -348,7 +350,9 @@ class Watch:
     """Runs batches through the language model and sees where its taught heads look."""
 
     def __init__(self, model: Glm4vForConditionalGeneration) -> None:
-        model.set_attn_implementation({"text_config": "eager"})  # sdpa keeps its attention to itself
+        model.set_attn_implementation(
+            {"text_config": "eager"}
+        )  # sdpa keeps its attention to itself
         self._model = model
         self._seen = threading.local()  # each thread runs a batch of its own
         layers = model.model.language_model.layers

@@ -1,7 +1,8 @@
 """Screens as samples: patches, what each image token should say, questions with their answers.
 
-The drawing and the held-out set are the package's (`autoglm_gguf.evaluate.screens`), so that what is
-trained on and what is measured cannot drift apart. Knows torch and tokens; knows no training loop.
+The drawing and the held-out set are the package's (`autoglm_gguf.evaluate.screens`), so that what
+is trained on and what is measured cannot drift apart. Knows torch and tokens; knows no training
+loop.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _draw(screen: Screen, grid: tuple[int, int]) -> Drawn:
 
 
 def _cells(item: Item, columns: int, rows: int) -> list[tuple[int, int]]:
-    """Image tokens whose middle is on the item's distinct part; the nearest one if there is none."""
+    """Image tokens whose middle is on the item's distinct part, or else the nearest one."""
     x, y = (item.slot[0] + 0.5) * columns / COLUMNS, (item.slot[1] + 0.5) * rows / ROWS
     across = (_CAPTION if item.thing in BUTTONS else item.size) * columns / COLUMNS / 2
     down = item.size * rows / ROWS / 2

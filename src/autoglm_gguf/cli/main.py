@@ -13,7 +13,10 @@ from autoglm_gguf.cli import output
 from autoglm_gguf.cli.errors import EXIT_OK, report
 
 # Modules of this folder. One is imported when it is asked for: doctor runs where numpy is missing.
-_COMMANDS = ("pull", "convert", "inspect", "plan", "chat", "act", "verify", "bench", "doctor")
+_COMMANDS = (
+    *("pull", "convert", "inspect", "plan", "chat", "act"),
+    *("verify", "evaluate", "bench", "doctor"),
+)
 
 
 def build_parser(names: Sequence[str] = _COMMANDS) -> argparse.ArgumentParser:

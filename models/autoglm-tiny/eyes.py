@@ -45,12 +45,12 @@ class Plan:
 
     seed: int
     tower_steps: int = 1200
-    language_steps: int = 4000
+    language_steps: int = 2400
     grids: tuple[tuple[int, int], ...] = ((4, 8), (6, 12))  # columns and rows of image tokens
     grid_shares: tuple[float, ...] = (0.8, 0.2)  # of the steps
     pool: int = 3000  # screens of the first grid; of the others by their share
     tower_batch: int = 32
-    tower_rate: float = 2e-3
+    tower_rate: float = 1.5e-3
     language_rate: float = 1e-3
     final_rate: float = 3e-5
     warmup_steps: int = 100

@@ -3,9 +3,9 @@
 First the tower alone: every image token is pulled towards the embeddings of the words for what it
 shows and of the numbers of where it is (`seeing.Alphabet`). Then the language model on the tower's
 output: questions about screens, mixed with the instructions it knows. Answers alone teach it to
-point at *something*; which thing is meant it learns from two attention heads that are told where
-to look: at the word of the target, one looks at the target's image tokens; at a coordinate, one
-looks at that word.
+point at *something*; which thing is meant it learns from attention heads that are told where to
+look: at the word of the target, some look at the target's image tokens; at a coordinate, one looks
+at that word.
 
 Every batch depends on the seed and the number of its step alone, so a run that was killed goes on
 from its last saved step to the same weights.
@@ -32,9 +32,13 @@ from torch.nn import functional
 from training import Encoded, Encoder, hidden_states, rounded, text_positions
 from transformers import Glm4vForConditionalGeneration
 
-MATCH_LAYER, READ_LAYER, HEAD = 2, 4, 0  # which head is told where to look, counted from 0
+# (layer, head), from 0, that are told where to look: those of the text model that look there most
+# once the image tokens say what they should. (4, 0) copies words, and finds the right one already.
+MATCH_HEADS = ((3, 2), (4, 0))
+READ_HEADS = ((5, 3),)
 _MATCH_WEIGHT = _READ_WEIGHT = 0.5
 _DRIFT_WEIGHT = 10.0  # as in training.py
+_TINY = 1e-30  # far below any share of attention: a larger one hides the gradient of small ones
 _CHUNK = 32  # text batches that are drawn together
 _OTHER_PICTURES = 32  # of the text samples: drawn by model.draw_pictures, as before
 
@@ -358,7 +362,7 @@ class Watch:
         layers = model.model.language_model.layers
         self._hooks = [
             layers[index].self_attn.register_forward_hook(self._keep(index))
-            for index in (MATCH_LAYER, READ_LAYER)
+            for index in sorted({layer for layer, _ in (*MATCH_HEADS, *READ_HEADS)})
         ]
 
     def close(self) -> None:
@@ -409,15 +413,16 @@ class Watch:
 
     def _attention_loss(self, batch: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """How far the taught heads are from looking where they should, in nats."""
-        matching = getattr(self._seen, f"layer{MATCH_LAYER}")[:, HEAD]
-        reading = getattr(self._seen, f"layer{READ_LAYER}")[:, HEAD]
         match, read = [], []
-        for row, item in enumerate(batch):
-            match.append(matching[row, item.word, item.cells].sum())
-            read.append(reading[row, list(item.reads), item.word])
+        for layer, head in MATCH_HEADS:
+            seen = getattr(self._seen, f"layer{layer}")[:, head]
+            match += [seen[row, item.word, item.cells].sum() for row, item in enumerate(batch)]
+        for layer, head in READ_HEADS:
+            seen = getattr(self._seen, f"layer{layer}")[:, head]
+            read += [seen[row, list(item.reads), item.word] for row, item in enumerate(batch)]
         return (
-            -(torch.stack(match) + 1e-6).log().mean(),
-            -(torch.cat(read) + 1e-6).log().mean(),
+            -(torch.stack(match) + _TINY).log().mean(),
+            -(torch.cat(read) + _TINY).log().mean(),
         )
 
     def _coordinates(self, batch: Sequence[Any], predicts: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The training of autoglm-tiny's eyes, a few steps of it: a killed run ends with the same weights."""
+"""A few steps of the training of autoglm-tiny's eyes: a killed run ends with the same weights."""
 
 from __future__ import annotations
 

@@ -62,6 +62,8 @@ class Plan:
     rounded_share: float = 0.25  # of the language steps, at the end: q4_0-rounded weights
     seeing_batches: int = 3  # a step's batches of questions about screens
     text_batches: int = 1  # and of instructions
+    system_share: float = 0.25  # of the batches of questions, with system prompts
+    system_questions: int = 3  # in such a batch; in others as many as tokens_per_batch allows
     tokens_per_batch: int = 600
     weight_decay: float = 0.05
     checkpoint_seconds: int = 90
@@ -222,19 +224,22 @@ class Run:
         rng = random.Random(plan.seed * 1_000_003 + step * 17 + number)
         asker = Asker(self.encoder, rng.randrange(1 << 30))
         few = step < plan.language_steps * plan.few_items_share
+        system = rng.random() < plan.system_share
         batch: list[Encoded] = []
         length = 0
         while True:
             index = rng.randrange(len(pool))
             if few and len(pool[index].screen.items) > 2:
                 continue
-            question = asker.ask(pool[index], seen[index])
+            question = asker.ask(pool[index], seen[index], system)
             if question is None:
                 continue
             length = max(length, len(question.ids))
-            if batch and (len(batch) + 1) * length > plan.tokens_per_batch:
+            if not system and batch and (len(batch) + 1) * length > plan.tokens_per_batch:
                 return batch
             batch.append(question)
+            if system and len(batch) == plan.system_questions:
+                return batch
 
     # --- both ---
 

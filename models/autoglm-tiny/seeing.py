@@ -19,6 +19,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch.nn import functional
 from training import Encoded, Encoder
+from vocabulary import ACTION_PROMPTS
 
 from autoglm_gguf.evaluate.screens import (
     BUTTONS,
@@ -35,7 +36,6 @@ from autoglm_gguf.evaluate.screens import (
 )
 
 NOTHING = len(THINGS)  # the class of an image token that is no thing
-_SYSTEM_SHARE = 0.15  # of the questions, with the phone client's system prompt
 _CAPTION = 0.5  # of a slot's side: the part of a button that only its middle has
 
 
@@ -196,13 +196,13 @@ class Asker:
         self._rng = random.Random(seed)
         self._openings = Generator(seed)
 
-    def ask(self, drawn: Drawn, picture: Picture, system: bool | None = None) -> Question | None:
+    def ask(self, drawn: Drawn, picture: Picture, system: bool) -> Question | None:
         """Ask for one thing on a screen.
 
         Args:
             drawn: The screen.
             picture: What the tower makes of it.
-            system: Put the client's system prompt before it; None decides by chance.
+            system: Put a system prompt before it: the package's own, or the client's.
 
         Returns:
             None when everything on the screen is held out.
@@ -214,7 +214,9 @@ class Asker:
         language = rng.choice(LANGUAGES)
         task = make_task(rng, drawn.screen, rng.choice(targets), language)
         messages = [{"role": "user", "content": task.text}]
-        if rng.random() < _SYSTEM_SHARE if system is None else system:
+        if system and rng.random() < 0.5:
+            messages.insert(0, {"role": "system", "content": ACTION_PROMPTS[language]})
+        elif system:
             messages = self._openings.opening(language, task.text)
         ids, learned = encoder.prompt(messages, picture, line_break=rng.random() < 0.3)
         answer = encoder.text(tap_answer(language, *task.point))

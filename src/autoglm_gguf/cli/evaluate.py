@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 
 from autoglm_gguf.cli import options, output
+from autoglm_gguf.cli.plan import draw_memory
 from autoglm_gguf.evaluate.actions import IMAGE_TOKENS, N_SCREENS, Report, Score, evaluate_actions
 from autoglm_gguf.evaluate.screens import HELD_OUT_SEED
 from autoglm_gguf.hub import resolve_checkpoint
@@ -66,10 +67,13 @@ def run(arguments: argparse.Namespace) -> None:
 
             with OriginalModel(checkpoint) as original:
                 report = evaluate_actions(model, original=original, **given)
+        memory = [*draw_memory(model)] if arguments.stats else []
     if arguments.json:
         output.write_json(asdict(report))
     else:
         _print(report)
+    for line in memory:
+        output.note(line)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

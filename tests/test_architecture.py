@@ -28,7 +28,7 @@ LEVELS = (
     ("hub",),
     ("hub_client", "checkpoint", "prompt", "vision", "actions", "stream", "devices"),
     ("hub_cache", "native", "gguf"),
-    ("config", "messages", "units", "errors", "progress", "programs"),
+    ("config", "messages", "units", "errors", "progress", "programs", "stopping"),
 )
 HEIGHT = {group: -n for n, groups in enumerate(LEVELS) for group in groups}
 MODULES = {

@@ -100,6 +100,9 @@ class SamplingParams:
     schema: a document that it describes, from the first token on. None leaves answers free."""
     apps: tuple[str, ...] = ()
     """With ``constrain="action"``, the only names that ``Launch`` may open; empty: any."""
+    cache_prompt: bool = True
+    """Take from the KV cache what it holds of the prompt. False evaluates all of it, in batches cut
+    as the first time: to the last bit the answer of a fresh session."""
 
     @classmethod
     def of(cls, **values: Any) -> SamplingParams:
@@ -122,6 +125,8 @@ class SamplingParams:
             )
         if not _are_strings(self.apps) or (self.apps and self.constrain != CONSTRAIN_ACTION):
             raise ValueError("apps: names that are not empty, with constrain='action'")
+        if not isinstance(self.cache_prompt, bool):
+            raise TypeError(f"cache_prompt {self.cache_prompt!r}: not True or False")
         _check_ints(self, "max_tokens", "top_k", "seed")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens {self.max_tokens}: at least 1")

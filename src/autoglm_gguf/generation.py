@@ -6,14 +6,15 @@ Knows an engine and a checked request; knows nothing of messages, templates or t
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoglm_gguf.actions_grammar import compile_actions
 from autoglm_gguf.config import SamplingParams
-from autoglm_gguf.engine.base import Engine, Sampler
+from autoglm_gguf.engine.base import Engine, ImageEmbedding, Sampler
+from autoglm_gguf.engine.content import Piece, count_cells
+from autoglm_gguf.engine.images import EmbeddingCache
 from autoglm_gguf.messages import Chunk, FinishReason, Timings, Usage
 from autoglm_gguf.sampling import (
     ActionConstraint,
@@ -21,22 +22,25 @@ from autoglm_gguf.sampling import (
     Constraint,
     GrammarConstraint,
 )
+from autoglm_gguf.stopping import StopFlag, Stopped
 from autoglm_gguf.stream import TextStream
 from autoglm_gguf.vision import Pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked request: ``segments[0] images[0] segments[1] …``."""
+    """A checked request."""
 
-    segments: tuple[tuple[int, ...], ...]
-    images: tuple[Pixels, ...]
+    pieces: tuple[Piece, ...]
+    """The prompt; its last piece is a token."""
+    images: Mapping[str, Pixels]
+    """The prompt's images by their keys."""
     params: SamplingParams
 
     @property
     def n_prompt(self) -> int:
         """KV cells of the prompt: text tokens plus image tokens."""
-        return sum(map(len, self.segments)) + sum(image.n_tokens for image in self.images)
+        return count_cells(self.pieces)
 
 
 class Run:
@@ -45,11 +49,15 @@ class Run:
     Args:
         engine: Held exclusively by the caller.
         request: Fits the engine's context.
-        stopped: Set from any thread, it ends the answer after the current batch or token.
+        stop: Set from any thread, it ends the answer.
+        embeddings: Encoded images of earlier requests; this one's are added.
     """
 
-    def __init__(self, engine: Engine, request: Request, stopped: threading.Event) -> None:
-        self._engine, self._request, self._stopped = engine, request, stopped
+    def __init__(
+        self, engine: Engine, request: Request, stop: StopFlag, embeddings: EmbeddingCache
+    ) -> None:
+        self._engine, self._request, self._stop = engine, request, stop
+        self._embeddings, self._n_prompt = embeddings, request.n_prompt
         self._text = TextStream((*request.params.stop, *engine.info.stop_strings))
         self._sampler: Sampler | None = None
         self._constraint: Constraint | None = None
@@ -61,7 +69,10 @@ class Run:
     def chunks(self) -> Iterator[Chunk]:
         """Evaluate the prompt, then sample to the end; the last chunk has a finish_reason."""
         self._constraint = open_constraint(self._engine, self._request.params)  # may refuse
-        if not self._prefill():
+        self._engine.watch(self._stop)
+        try:
+            self._prefill()
+        except Stopped:
             yield self._last("", (), "cancelled")
             return
         self._sampler = self._engine.open_sampler(self._request.params)
@@ -85,8 +96,11 @@ class Run:
             if shown:
                 yield Chunk(shown, tuple(pending))
                 pending.clear()
-            for at in range(0, len(chosen), self._engine.n_batch):
-                self._engine.eval_tokens(chosen[at : at + self._engine.n_batch])
+            try:
+                self._eval_tokens(chosen)
+            except Stopped:
+                yield self._last("", tuple(pending), "cancelled")
+                return
 
     def _choose(self) -> list[int]:
         """The next tokens: a sampled one, and those a constraint leaves no choice about."""
@@ -99,7 +113,7 @@ class Run:
 
     def _n_left(self) -> int:
         """Tokens until `_reason` ends the answer."""
-        room = self._engine.info.n_ctx + 1 - self._request.n_prompt
+        room = self._engine.info.n_ctx + 1 - self._n_prompt
         return min(self._request.params.max_tokens or room, room) - self._n_predicted
 
     def _is_complete(self) -> bool:
@@ -108,42 +122,64 @@ class Run:
     def _reason(self, ended: bool) -> FinishReason | None:
         if ended:
             return "length" if self._constraint is not None and self._constraint.cut else "stop"
-        if self._stopped.is_set():
+        if self._stop.is_set():
             return "cancelled"
         limit = self._request.params.max_tokens
-        used = self._request.n_prompt + self._n_predicted
+        used = self._n_prompt + self._n_predicted
         if self._n_predicted == limit or used > self._engine.info.n_ctx:
             return "length"
         return None
 
-    def _prefill(self) -> bool:
-        """Evaluate the prompt; False if it was cancelled on the way."""
-        engine, step = self._engine, self._engine.n_batch
-        engine.reset()
+    def _prefill(self) -> None:
+        """Evaluate what the KV cache does not hold of the prompt, at least its last token.
+
+        Raises:
+            Stopped: It was cancelled on the way.
+        """
+        engine, pieces = self._engine, self._request.pieces
+        common = engine.content.n_common(pieces) if self._request.params.cache_prompt else 0
+        engine.keep(min(common, len(pieces) - 1))
+        n_kept = engine.content.n_cells
         image_ms = 0.0
-        for index, segment in enumerate(self._request.segments):
-            for at in range(0, len(segment), step):
-                if self._stopped.is_set():
-                    return False
-                engine.eval_tokens(segment[at : at + step])
-            if index < len(self._request.images):
-                if self._stopped.is_set():
-                    return False
-                image = self._request.images[index]
-                began = time.perf_counter()
-                embedding = engine.encode_image(image.array, image.grid)
-                image_ms += 1000 * (time.perf_counter() - began)
-                if self._stopped.is_set():
-                    return False
-                engine.eval_image(embedding)
+        tokens: list[int] = []
+        for piece in pieces[len(engine.content) :]:
+            if isinstance(piece, int):
+                tokens.append(piece)
+                continue
+            self._eval_tokens(tokens)
+            tokens = []
+            began = time.perf_counter()
+            image = self._encode(piece.key)
+            image_ms += 1000 * (time.perf_counter() - began)
+            engine.eval_image(image)
+        self._eval_tokens(tokens)
         total_ms = 1000 * (time.perf_counter() - self._began)
-        n_prompt = self._request.n_prompt
-        self._timings = Timings(image_ms, prompt_n=n_prompt, prompt_ms=total_ms - image_ms)
-        return True
+        self._timings = Timings(
+            image_ms,
+            prompt_n=self._n_prompt - n_kept,
+            cache_n=n_kept,
+            prompt_ms=total_ms - image_ms,
+        )
+
+    def _eval_tokens(self, tokens: Sequence[int]) -> None:
+        step = self._engine.n_batch
+        for at in range(0, len(tokens), step):
+            self._engine.eval_tokens(tokens[at : at + step])
+
+    def _encode(self, key: str) -> ImageEmbedding:
+        """An image of the request, by the vision tower unless it was kept."""
+        kept = self._embeddings.find(key)
+        if kept is not None:
+            return kept
+        pixels = self._request.images[key]
+        self._embeddings.make_room(pixels.n_tokens)
+        image = replace(self._engine.encode_image(pixels.array, pixels.grid), key=key)
+        self._embeddings.keep(image)
+        return image
 
     def _last(self, shown: str, tokens: tuple[int, ...], reason: FinishReason) -> Chunk:
-        n_image = sum(image.n_tokens for image in self._request.images)
-        usage = Usage(self._request.n_prompt, self._n_predicted, n_image)
+        n_image = count_cells(p for p in self._request.pieces if not isinstance(p, int))
+        usage = Usage(self._n_prompt, self._n_predicted, n_image)
         timings = replace(
             self._timings,
             predicted_n=self._n_predicted,

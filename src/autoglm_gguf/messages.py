@@ -115,6 +115,8 @@ class Timings:
     """Vision tower, milliseconds."""
     prompt_n: int = 0
     """KV cells evaluated for the prompt."""
+    cache_n: int = 0
+    """KV cells of the prompt that the KV cache held already."""
     prompt_ms: float = 0.0
     """Prefill without the vision tower, milliseconds."""
     predicted_n: int = 0

@@ -19,6 +19,8 @@ from typing import Any
 from autoglm_gguf.actions import Action, choose_system_prompt, parse_answer
 from autoglm_gguf.config import CONTENT_FORMATS, ContentFormat, SamplingParams
 from autoglm_gguf.engine.base import Engine, EngineInfo
+from autoglm_gguf.engine.content import ImageCells, Piece
+from autoglm_gguf.engine.images import EmbeddingCache
 from autoglm_gguf.errors import (
     ContextFullError,
     EngineBusyError,
@@ -44,6 +46,7 @@ from autoglm_gguf.messages import (
 )
 from autoglm_gguf.prompt import Prompt, render_prompt
 from autoglm_gguf.sampling import act_options
+from autoglm_gguf.stopping import StopFlag
 from autoglm_gguf.vision import Pixels, read_pixels
 
 _AUTO_SYSTEM = "auto"
@@ -84,7 +87,8 @@ class AutoGLM:
         self._content_format = content_format
         self._lock = threading.Lock()
         self._owner: int | None = None
-        self._cancel = threading.Event()
+        self._cancel = StopFlag()
+        self._embeddings = EmbeddingCache(engine.info.image_cache_tokens)
         self._open_stream: Callable[[], Generator[Chunk, None, None] | None] = lambda: None
         self._closed = False
 
@@ -200,7 +204,8 @@ class AutoGLM:
             image: A screenshot for a prompt that is a string; it comes before the text.
             raw: Complete the string as it is, without the chat template.
             **sampling: Fields of `SamplingParams`: max_tokens, temperature, top_p, top_k, min_p,
-                seed, frequency_penalty, presence_penalty, repeat_penalty, stop, constrain, apps.
+                seed, frequency_penalty, presence_penalty, repeat_penalty, stop, constrain, apps,
+                cache_prompt.
 
         Returns:
             Chunks whose texts add up to the answer; the last has finish_reason, usage and timings.
@@ -211,7 +216,7 @@ class AutoGLM:
             ContextFullError: The prompt does not fit n_ctx; nothing was evaluated.
             EngineBusyError: This thread has another stream open.
         """
-        return self._open(self._prepare(prompt, image, raw, sampling), threading.Event())
+        return self._open(self._prepare(prompt, image, raw, sampling), StopFlag())
 
     def generate(
         self,
@@ -235,7 +240,7 @@ class AutoGLM:
         """Like `stream`, without blocking the event loop; closing the iterator stops the work."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue()
-        stopped = threading.Event()
+        stopped = StopFlag()
 
         def work() -> None:
             last: BaseException | None = None
@@ -321,6 +326,7 @@ class AutoGLM:
                 stream.close()
         with self._exclusive():
             self._closed = True
+            self._embeddings.clear()
             self._engine.close()
 
     def __enter__(self) -> AutoGLM:
@@ -355,7 +361,7 @@ class AutoGLM:
         image: ImageSource | None,
         raw: bool,
         sampling: dict[str, Any],
-        stopped: threading.Event | None = None,
+        stopped: StopFlag | None = None,
     ) -> Request:
         params = SamplingParams.of(**sampling)
         if image is not None:
@@ -363,10 +369,10 @@ class AutoGLM:
                 raise ValueError("image: goes with a prompt that is a string and not raw")
             prompt = [_user_message(prompt, image)]
         rendered = self.render(prompt, raw=raw)
-        pixels = tuple(self._read_pixels(source) for source in rendered.images)
+        images = [self._read_pixels(source) for source in rendered.images]
         with self._exclusive(stopped):
-            segments = tuple(tuple(self._engine.tokenize(s)) for s in rendered.segments)
-        request = Request(segments, pixels, params)
+            segments = [self._engine.tokenize(segment) for segment in rendered.segments]
+        request = Request(_join(segments, images), {i.key: i for i in images}, params)
         n_prompt, n_ctx = request.n_prompt, self.info.n_ctx
         if not segments[-1]:
             raise PromptError("prompt: empty" if n_prompt == 0 else "prompt: ends with an image")
@@ -389,10 +395,10 @@ class AutoGLM:
             )
         return read_pixels(source, info.vision, max_image_tokens=info.max_image_tokens)
 
-    def _exclusive(self, stopped: threading.Event | None = None) -> _Turn:
+    def _exclusive(self, stopped: StopFlag | None = None) -> _Turn:
         return _Turn(self, stopped)
 
-    def _open(self, request: Request, stopped: threading.Event) -> Generator[Chunk, None, None]:
+    def _open(self, request: Request, stopped: StopFlag) -> Generator[Chunk, None, None]:
         slot: list[weakref.ref[Generator[Chunk, None, None]]] = []
         stream = self._generate(request, stopped, slot)
         slot.append(weakref.ref(stream))  # weak: dropping the stream must close it at once
@@ -401,12 +407,12 @@ class AutoGLM:
     def _generate(
         self,
         request: Request,
-        stopped: threading.Event,
+        stopped: StopFlag,
         slot: list[weakref.ref[Generator[Chunk, None, None]]],
     ) -> Generator[Chunk, None, None]:
         with self._exclusive(stopped):
             self._cancel, self._open_stream = stopped, slot[0]
-            run = Run(self._engine, request, stopped)
+            run = Run(self._engine, request, stopped, self._embeddings)
             try:
                 yield from run.chunks()
             finally:
@@ -421,7 +427,7 @@ class _Turn:
         stopped: Set from outside, it ends the waiting.
     """
 
-    def __init__(self, model: AutoGLM, stopped: threading.Event | None) -> None:
+    def __init__(self, model: AutoGLM, stopped: StopFlag | None) -> None:
         self._model, self._stopped = model, stopped
 
     def __enter__(self) -> None:
@@ -521,6 +527,14 @@ def collect(chunks: Iterator[Chunk] | Sequence[Chunk]) -> Completion:
 def close_answer(text: str) -> str:
     """Add the ``</answer>`` that ended a turn, as the client writes it into the history."""
     return text + END_OF_ANSWER if "<answer>" in text and END_OF_ANSWER not in text else text
+
+
+def _join(segments: Sequence[Sequence[int]], images: Sequence[Pixels]) -> tuple[Piece, ...]:
+    """``segments[0] images[0] segments[1] …`` as pieces."""
+    pieces: list[Piece] = [*segments[0]]
+    for image, segment in zip(images, segments[1:], strict=True):
+        pieces += [ImageCells(image.key, image.grid), *segment]
+    return tuple(pieces)
 
 
 def _user_message(text: str, image: ImageSource | None) -> Message:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +33,7 @@ MAX_SOURCE_PIXELS = 100_000_000
 """Larger images are refused before they are decoded."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pixels:
     """An image ready for the tower."""
 
@@ -46,6 +48,13 @@ class Pixels:
     def n_tokens(self) -> int:
         """Image tokens."""
         return self.grid[0] * self.grid[1]
+
+    @cached_property
+    def key(self) -> str:
+        """Of the pixels and their shape: equal keys are equal images."""
+        digest = hashlib.sha256(repr(self.array.shape).encode())
+        digest.update(np.ascontiguousarray(self.array).data)
+        return digest.hexdigest()
 
 
 def read_pixels(

@@ -64,7 +64,7 @@ def engine(pair: Pair, plan: MemoryPlan) -> LlamaEngine:
 
 def follow(model: LlamaEngine) -> list[NDArray[np.float32]]:
     """Logits after a prompt of two batches, an image, and three tokens."""
-    model.reset()
+    model.keep(0)
     tokens = [17 + 3 * n % 200 for n in range(100)]
     model.eval_tokens(tokens[:64])
     model.eval_tokens(tokens[64:])

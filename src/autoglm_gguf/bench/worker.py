@@ -272,7 +272,7 @@ def _run(
         for n in job.prompt_n:
             stage(f"prefill {n}")
             prompt = words.choices(range(engine.info.n_vocab), k=n)
-            engine.reset()
+            engine.keep(0)
             began = time.perf_counter()
             for at in range(0, n, engine.n_batch):
                 engine.eval_tokens(prompt[at : at + engine.n_batch])
@@ -291,7 +291,7 @@ def _run(
             return
         n = screen.n_tokens
         stage(f"image {n}")
-        engine.reset()
+        engine.keep(0)
         began = time.perf_counter()
         image = engine.encode_image(screen.array, screen.grid)
         encoded = _milliseconds(began)

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_gguf.config import SamplingParams
+from autoglm_gguf.engine.content import Content
 from autoglm_gguf.gguf.describe import VisionLimits
 from autoglm_gguf.memory.plan import MemoryPlan
 from autoglm_gguf.sampling import Grammar
+from autoglm_gguf.stopping import StopFlag
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class EngineInfo:
     vision: VisionLimits | None
     """None for a text-only model."""
     max_image_tokens: int | None
+    image_cache_tokens: int = 0
+    """Encoded images of so many image tokens may be kept for later requests."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a turn too: a stop token that a model may also write in plain letters."""
     notes: tuple[str, ...] = ()
@@ -46,6 +50,8 @@ class ImageEmbedding:
     """``(n_tokens, n_embd)``, row by row from the top left."""
     grid: tuple[int, int]
     """``(n_columns, n_rows)``."""
+    key: str = ""
+    """Of the pixels: equal keys are equal images. Empty: like no other."""
 
     @property
     def n_tokens(self) -> int:
@@ -87,17 +93,34 @@ class Engine(Protocol):
     def token_bytes(self, token: int) -> bytes:
         """Bytes to show for a token; none for control tokens that are no tags."""
 
-    def encode_image(self, pixels: NDArray[np.uint8], grid: tuple[int, int]) -> ImageEmbedding:
-        """Run the vision tower over ``(height, width, 3)`` RGB pixels."""
+    @property
+    def content(self) -> Content:
+        """What was evaluated and is kept."""
 
-    def reset(self) -> None:
-        """Forget everything evaluated so far."""
+    def encode_image(self, pixels: NDArray[np.uint8], grid: tuple[int, int]) -> ImageEmbedding:
+        """Run the vision tower over ``(height, width, 3)`` RGB pixels.
+
+        Raises:
+            Stopped: See `watch`.
+        """
+
+    def keep(self, n: int) -> None:
+        """Forget all that was evaluated but the first ``n`` pieces of `content`."""
+
+    def watch(self, stop: StopFlag) -> None:
+        """End evaluation with `Stopped` when a flag is set, from now on."""
 
     def eval_tokens(self, tokens: Sequence[int]) -> None:
-        """Evaluate at most `n_batch` tokens after what was evaluated so far."""
+        """Evaluate at most `n_batch` tokens after what was evaluated so far.
+
+        Whatever is raised, `content` is as it was before.
+
+        Raises:
+            Stopped: See `watch`.
+        """
 
     def eval_image(self, image: ImageEmbedding) -> None:
-        """Evaluate an encoded image after what was evaluated so far."""
+        """Evaluate an encoded image after what was evaluated so far; errors as `eval_tokens`."""
 
     def open_sampler(self, params: SamplingParams) -> Sampler:
         """A fresh sampler."""

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
+from autoglm_gguf.engine.content import Content, ImageCells
 from autoglm_gguf.errors import ContextFullError, EngineError, ImageError
 from autoglm_gguf.gguf.describe import GLM_TEMPLATE, VisionLimits
 from autoglm_gguf.gguf.names import END_OF_ANSWER
 from autoglm_gguf.sampling import Grammar
+from autoglm_gguf.stopping import StopFlag, Stopped
 
 STOP = 256
 IMAGE = 257
@@ -48,10 +50,11 @@ class FakeEngine:
         stop_strings: tuple[str, ...] = (END_OF_ANSWER,),
     ) -> None:
         self._answer = answer
-        self.evaluated: list[int] = []
-        """Every token evaluated since the last reset, `IMAGE` once per image token."""
-        self.n_prompts = 0
+        self.content = Content()
+        self.n_evaluated = self.n_encoded = 0
+        """KV cells evaluated, and images encoded, since the beginning."""
         self.closed = False
+        self._stop = StopFlag()
         self.info = EngineInfo(
             name="fake",
             n_ctx=n_ctx,
@@ -60,8 +63,18 @@ class FakeEngine:
             chat_template=chat_template,
             vision=_LIMITS if vision else None,
             max_image_tokens=None,
+            image_cache_tokens=n_ctx,
             stop_strings=stop_strings,
         )
+
+    @property
+    def evaluated(self) -> list[int]:
+        """Every token that is kept, `IMAGE` once per image token."""
+        return [
+            token
+            for piece in self.content.pieces
+            for token in ([piece] if isinstance(piece, int) else [IMAGE] * piece.n_cells)
+        ]
 
     def tokenize(self, text: str) -> list[int]:
         """One token per byte."""
@@ -75,31 +88,41 @@ class FakeEngine:
         """One mean colour per image token."""
         if self.info.vision is None:
             raise ImageError("fake: takes no images")
+        self._check()
+        self.n_encoded += 1
         means = np.full((grid[0] * grid[1], 1), pixels.mean(), np.float32)
         return ImageEmbedding(means, grid)
 
-    def reset(self) -> None:
-        """Forget everything evaluated so far."""
-        self.evaluated.clear()
-        self.n_prompts += 1
+    def keep(self, n: int) -> None:
+        """Forget all that was evaluated but the first ``n`` pieces."""
+        self.content.cut(n)
+
+    def watch(self, stop: StopFlag) -> None:
+        """Refuse to evaluate once a flag is set."""
+        self._stop = stop
 
     def eval_tokens(self, tokens: Sequence[int]) -> None:
         """Remember tokens; refuses what the real engine refuses."""
         if not 1 <= len(tokens) <= self.n_batch:
             raise ValueError(f"batch of {len(tokens)} tokens")
-        self._room(len(tokens))
-        self.evaluated.extend(tokens)
+        self._count(len(tokens))
+        self.content.add(list(tokens))
 
     def eval_image(self, image: ImageEmbedding) -> None:
-        """Remember an image as `IMAGE` tokens."""
-        self._room(image.n_tokens)
-        self.evaluated.extend([IMAGE] * image.n_tokens)
+        """Remember an image."""
+        self._count(image.n_tokens)
+        self.content.add([ImageCells(image.key, image.grid)])
 
-    def _room(self, n: int) -> None:
-        if len(self.evaluated) + n > self.info.n_ctx:
-            raise ContextFullError(
-                "context: full", n_prompt=len(self.evaluated) + n, n_ctx=self.info.n_ctx
-            )
+    def _count(self, n: int) -> None:
+        self._check()
+        used = self.content.n_cells
+        if used + n > self.info.n_ctx:
+            raise ContextFullError("context: full", n_prompt=used + n, n_ctx=self.info.n_ctx)
+        self.n_evaluated += n
+
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
 
     def open_sampler(self, params: SamplingParams) -> FakeSampler:
         """A sampler that reads the script from its beginning."""

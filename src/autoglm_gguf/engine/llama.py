@@ -7,7 +7,7 @@ each image and freed after it, as the memory plan says.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +17,20 @@ from numpy.typing import NDArray
 from autoglm_gguf.config import ContextParams, SamplingParams
 from autoglm_gguf.devices import usable_cores
 from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
+from autoglm_gguf.engine.content import Content, ImageCells
 from autoglm_gguf.engine.weights import CacheScarcity, load_weights, open_residency
 from autoglm_gguf.errors import ImageError
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.describe import ModelDescription, VisionLimits, describe_pair
 from autoglm_gguf.memory.plan import MemoryPlan
 from autoglm_gguf.native.grammar import GrammarState, schema_to_grammar
+from autoglm_gguf.native.interrupts import HeldInterrupts
 from autoglm_gguf.native.library import buffer_report
-from autoglm_gguf.native.llama import LlamaContext, SamplerChain
+from autoglm_gguf.native.llama import LlamaContext
 from autoglm_gguf.native.mtmd import VisionTower
 from autoglm_gguf.native.pages import forget_file, return_free_memory
+from autoglm_gguf.native.sampler import SamplerChain
+from autoglm_gguf.stopping import StopFlag
 
 # Shown although some checkpoints mark them as control tokens: the client parses them.
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -66,6 +70,9 @@ class LlamaEngine:
         self._n_threads = params.n_threads or usable_cores()
         self._tower: VisionTower | None = None
         self._cache_is_scarce = CacheScarcity(plan)
+        self._stop = StopFlag()
+        self.content = Content()
+        """What was evaluated and is kept; the KV cache follows it at the next evaluation."""
         with buffer_report() as buffers, contextlib.ExitStack() as undo:
             self._model = load_weights(described.text, params, plan)
             undo.callback(self._model.close)
@@ -113,6 +120,7 @@ class LlamaEngine:
             chat_template=described.chat_template,
             vision=vision,
             max_image_tokens=params.max_image_tokens,
+            image_cache_tokens=_largest_image(vision, params),
             stop_strings=(names.END_OF_ANSWER,) if ends_with_tag else (),
             notes=tuple(notes),
             path=text,
@@ -147,6 +155,7 @@ class LlamaEngine:
 
         Raises:
             ImageError: A text-only engine.
+            Stopped: See `watch`.
             EngineError: libmtmd failed.
         """
         if self._mmproj is None or self._info.vision is None:
@@ -160,20 +169,20 @@ class LlamaEngine:
                 self._residency.give_way()
             self._tower = self._open_tower(self._mmproj, self._info.vision, grid[0] * grid[1])
         try:
-            return ImageEmbedding(self._tower.encode(pixels, grid), grid)
+            with HeldInterrupts(self._stop):
+                return ImageEmbedding(self._tower.encode(pixels, grid, self._stop), grid)
         finally:
             if self._tower_on_demand:
                 self._close_tower()
 
     def _open_tower(self, mmproj: Path, limits: VisionLimits, n_tokens: int) -> VisionTower:
         # No tower of this family takes more: its position grid is stretched over the image.
-        most = limits.max_pixels // (2 * limits.factor**2)
         tower = VisionTower(
             mmproj,
             self._model,
             n_threads=self._n_threads,
             flash_attn=self._flash_attn,
-            max_image_tokens=max(most, n_tokens),
+            max_image_tokens=max(limits.max_tokens, n_tokens),
             device=self._tower_device,
         )
         if self._tower_on_demand and self._cache_is_scarce():
@@ -186,31 +195,52 @@ class LlamaEngine:
             self._tower = None
             return_free_memory()
 
-    def reset(self) -> None:
-        """Forget everything evaluated so far."""
-        self._context.clear()
+    def keep(self, n: int) -> None:
+        """Forget all that was evaluated but the first ``n`` pieces of `content`."""
+        self.content.cut(n)
+
+    def watch(self, stop: StopFlag) -> None:
+        """End evaluation with `Stopped` when a flag is set, from now on."""
+        self._context.watch(stop)
+        self._stop = stop
 
     def eval_tokens(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
         """Evaluate at most `n_batch` tokens after what was evaluated so far.
 
+        Whatever is raised, `content` is as it was before.
+
         Raises:
             ContextFullError: They do not fit n_ctx.
+            Stopped: See `watch`.
             EngineError: llama.cpp failed.
         """
-        if self._residency is not None:
-            self._residency.begin()
-        self._context.decode_tokens(list(tokens), n_outputs=n_outputs)
+        with self._evaluation():
+            self._context.decode_tokens(list(tokens), n_outputs=n_outputs)
+            self.content.add(tokens)
 
     def eval_image(self, image: ImageEmbedding) -> None:
-        """Evaluate an encoded image after what was evaluated so far.
+        """Evaluate an encoded image after what was evaluated so far; errors as `eval_tokens`."""
+        with self._evaluation():
+            self._context.decode_image(image.data, image.grid)
+            self.content.add([ImageCells(image.key, image.grid)])
 
-        Raises:
-            ContextFullError: It does not fit n_ctx.
-            EngineError: llama.cpp failed.
-        """
+    @contextlib.contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """The KV cache is what `content` says, before and, after a failure, after."""
         if self._residency is not None:
             self._residency.begin()
-        self._context.decode_image(image.data, image.grid)
+        self._follow()
+        try:
+            with HeldInterrupts(self._stop):
+                yield
+        except BaseException:
+            self._follow()
+            raise
+
+    def _follow(self) -> None:
+        content, context = self.content, self._context
+        if (context.n_past, context.position) != (content.n_cells, content.position):
+            context.truncate(content.n_cells, content.position)
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits ``(n_vocab,)`` of one of the last batch's outputs, copied."""
@@ -239,6 +269,13 @@ class LlamaEngine:
             self._residency = None
         self._model.close()
         return_free_memory()
+
+
+def _largest_image(limits: VisionLimits | None, params: ContextParams) -> int:
+    """Image tokens of it: the plan counts one such image's embeddings as kept."""
+    if limits is None:
+        return 0
+    return min(limits.max_tokens, params.max_image_tokens or params.n_ctx, params.n_ctx)
 
 
 class _LlamaSampler:

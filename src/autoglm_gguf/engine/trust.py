@@ -56,8 +56,8 @@ class Measurable(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Token ids."""
 
-    def reset(self) -> None:
-        """Forget everything."""
+    def keep(self, n: int) -> None:
+        """Forget all but the first ``n`` pieces."""
 
     def eval_tokens(self, tokens: Sequence[int]) -> None:
         """Evaluate a batch."""
@@ -110,7 +110,7 @@ def gather(
         answer: Tokens it is led through; None lets it choose, greedily.
     """
     image = engine.encode_image(_picture(), _GRID).data if with_image else None
-    engine.reset()
+    engine.keep(0)
     prompt = engine.tokenize(_PROMPT)[: min(_N_PROMPT, engine.info.n_ctx - _N_ANSWER)]
     for at in range(0, len(prompt), engine.n_batch):
         engine.eval_tokens(prompt[at : at + engine.n_batch])
@@ -120,7 +120,7 @@ def gather(
         rows.append(engine.logits())
         found.append(int(rows[-1].argmax()) if answer is None else answer[n])
         engine.eval_tokens([found[-1]])
-    engine.reset()
+    engine.keep(0)
     return Evidence(tuple(found), np.stack(rows), image)
 
 

@@ -251,7 +251,7 @@ def _open(text: Path, mmproj: Path | None) -> LlamaEngine:
 def _logits(engine: LlamaEngine, ids: list[int], *, reset: bool = True) -> NDArray[np.float32]:
     """``(n_tokens, n_vocab)``, batch by batch."""
     if reset:
-        engine.reset()
+        engine.keep(0)
     rows: list[NDArray[np.float32]] = []
     for at in range(0, len(ids), _N_BATCH):
         part = ids[at : at + _N_BATCH]

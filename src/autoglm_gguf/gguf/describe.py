@@ -70,6 +70,11 @@ class VisionLimits:
         """Pixels per image token side."""
         return self.patch_size * self.merge_size
 
+    @property
+    def max_tokens(self) -> int:
+        """Image tokens of the largest image."""
+        return self.max_pixels // (2 * self.factor**2)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:

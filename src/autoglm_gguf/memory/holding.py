@@ -118,7 +118,7 @@ class Holding:
         """The largest image that can come; 0 without a tower. What exceeds n_ctx is refused."""
         if self._limits is None:
             return 0
-        most = self._limits.max_pixels // (2 * self._limits.factor**2)
+        most = self._limits.max_tokens
         if params.max_image_tokens is not None:
             most = min(most, params.max_image_tokens)
         return min(most, params.n_ctx)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_gguf.native.library import clear_errors, engine_error, load_llama
-from autoglm_gguf.native.llama import CANDIDATE, LlamaModel, candidate_array
+from autoglm_gguf.native.llama import LlamaModel
+from autoglm_gguf.native.sampler import CANDIDATE, candidate_array
 
 
 def schema_to_grammar(schema: str) -> str:

@@ -1,29 +1,42 @@
-"""Ctrl-C during a call into llama.cpp that calls back into Python.
+"""Ctrl-C during a call into llama.cpp.
 
-An exception cannot cross C: raised in a callback, ctypes prints and forgets it. So an interrupt
-waits as a flag, which callbacks answer by ending the work, and is raised when that call returns.
+Python would raise it when the call returns, which may take minutes, or in a callback that llama.cpp
+makes meanwhile, a log line for example: there ctypes prints and forgets it, since an exception
+cannot cross C. So it is held back until the call has returned, and sets a `StopFlag` at once, which
+llama.cpp looks at.
 """
 
 from __future__ import annotations
 
 import signal
+import socket
 import threading
+from functools import cache
 from types import FrameType, TracebackType
 from typing import Any
+
+from autoglm_gguf.stopping import StopFlag
 
 
 class HeldInterrupts:
     """Keeps SIGINT back; a context manager around one call. Off the main thread there is nothing
     to keep back.
+
+    Args:
+        stop: Set when an interrupt comes that will be raised as KeyboardInterrupt. At once, even
+            inside C, unless an event loop listens to signals.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: StopFlag | None = None) -> None:
+        self._stop = stop
         self._arrived = False
         self._before: Any = None
-        self._is_main = False
+        self._is_main = self._is_relayed = False
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self._arrived = True
+        if self._stop is not None and self.ends_work:
+            self._stop.set()
 
     @property
     def ends_work(self) -> bool:
@@ -39,6 +52,8 @@ class HeldInterrupts:
             self._is_main = callable(self._before)  # ignored, or handled in C: theirs stays
         if self._is_main:
             signal.signal(signal.SIGINT, self._note)
+            if self._stop is not None and self._before is signal.default_int_handler:
+                self._is_relayed = _open_relay().begin(self._stop)
         return self
 
     def __exit__(
@@ -49,6 +64,44 @@ class HeldInterrupts:
     ) -> None:
         if not self._is_main:
             return
+        if self._is_relayed:
+            _open_relay().end()
         signal.signal(signal.SIGINT, self._before)
         if self._arrived:
             self._before(signal.SIGINT, None)
+
+
+class _Relay:
+    """A thread that sleeps until a signal comes, which Python's own handler tells it from C."""
+
+    def __init__(self) -> None:
+        self._flag: StopFlag | None = None
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        threading.Thread(target=self._work, name="interrupts", daemon=True).start()
+
+    def begin(self, flag: StopFlag) -> bool:
+        """Set a flag at the next SIGINT; False where somebody else listens to signals."""
+        before = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        if before != -1:
+            signal.set_wakeup_fd(before)
+            return False
+        self._flag = flag
+        return True
+
+    def end(self) -> None:
+        """Listen no more."""
+        self._flag = None
+        signal.set_wakeup_fd(-1)
+
+    def _work(self) -> None:
+        while numbers := self._read.recv(64):
+            flag = self._flag
+            if flag is not None and signal.SIGINT in numbers:
+                flag.set()
+
+
+@cache
+def _open_relay() -> _Relay:
+    """One for the process, made when it is first needed."""
+    return _Relay()

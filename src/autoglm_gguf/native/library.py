@@ -93,6 +93,12 @@ def load_ggml() -> ctypes.CDLL:
     return library
 
 
+def string_length() -> int:
+    """Address of libc's ``strlen``: as a callback it reads a `StopFlag` without Python."""
+    libc = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+    return int(ctypes.cast(libc.strlen, ctypes.c_void_p).value or 0)
+
+
 @contextlib.contextmanager
 def buffer_report() -> Iterator[dict[tuple[str, str], int]]:
     """Collect what ggml says it allocates inside the ``with`` block.

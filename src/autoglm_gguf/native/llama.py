@@ -1,4 +1,4 @@
-"""A model, a context and a sampler chain of llama.cpp, each closed exactly once.
+"""A model and a context of llama.cpp, each closed exactly once.
 
 Checks what llama.cpp would abort the process over (batch size, positions, output count) before
 calling it. Knows tokens, embeddings and positions; knows nothing of messages or images.
@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoglm_gguf.config import CacheType, ContextParams, SamplingParams
+from autoglm_gguf.config import CacheType, ContextParams
 from autoglm_gguf.errors import ContextFullError
 from autoglm_gguf.native.ggml import GGMLType, device_handle, tensor_name
 from autoglm_gguf.native.interrupts import HeldInterrupts
-from autoglm_gguf.native.library import clear_errors, engine_error, load_llama
+from autoglm_gguf.native.library import clear_errors, engine_error, load_llama, string_length
+from autoglm_gguf.stopping import StopFlag, Stopped
 
 _CACHE_TYPES: dict[CacheType, GGMLType] = {
     "f32": GGMLType.F32,
@@ -193,7 +194,6 @@ class LlamaContext:
         raw.offload_kqv = params.offload_kqv
         raw.op_offload = False  # what stays on the CPU is computed there: the plan counts on it
         raw.no_perf = True
-        self._interrupts = HeldInterrupts()
         self._callback = None  # kept as long as llama.cpp may call it
         if on_layer is not None:
             names = {f"l_out-{n}".encode(): n for n in watched_layers}
@@ -212,18 +212,40 @@ class LlamaContext:
         self.n_batch = int(self._llama.llama_n_batch(self.handle))
         self.n_outputs_max = n_outputs_max
         self._n_outputs = 0
+        self._stop = StopFlag()
+        self._abort = self._llama.ggml_abort_callback(string_length())
         self.n_past = 0
         """KV cells in use."""
         self.position = 0
         """Position of the next token; behind n_past after an image, which takes fewer positions."""
 
-    def clear(self) -> None:
-        """Empty the KV cache."""
-        self._llama.llama_memory_clear(self._llama.llama_get_memory(self.handle), False)
-        self.n_past = self.position = self._n_outputs = 0
+    def watch(self, stop: StopFlag) -> None:
+        """End every batch that runs when a flag is set with `Stopped`; it must outlive this."""
+        self._stop = stop
+        self._llama.llama_set_abort_callback(self.handle, self._abort, stop.address)
+
+    def truncate(self, n_past: int, position: int) -> None:
+        """Empty the KV cache from a token or the beginning of an image on.
+
+        Args:
+            n_past: KV cells that stay.
+            position: Of the first token or image that goes.
+        """
+        memory = self._llama.llama_get_memory(self.handle)
+        if not self._llama.llama_memory_seq_rm(memory, 0, position, -1):
+            raise engine_error(f"llama.cpp: the KV cache cannot be cut at position {position}")
+        self.n_past, self.position, self._n_outputs = n_past, position, 0
 
     def decode_tokens(self, tokens: list[int], *, n_outputs: int = 1) -> None:
-        """Evaluate tokens (at most n_batch) and keep logits of the last ``n_outputs`` of them."""
+        """Evaluate tokens (at most n_batch) and keep logits of the last ``n_outputs`` of them.
+
+        After an exception the KV cache may hold a part of them: `truncate` it.
+
+        Raises:
+            ContextFullError: They do not fit n_ctx.
+            Stopped: See `watch`.
+            EngineError: llama.cpp failed.
+        """
         n = len(tokens)
         ids = np.asarray(tokens, np.int32)
         if n and not (int(ids.min()) >= 0 and int(ids.max()) < self._model.n_vocab):
@@ -233,7 +255,7 @@ class LlamaContext:
         self.position += n
 
     def decode_image(self, embeddings: NDArray[np.float32], grid: tuple[int, int]) -> None:
-        """Evaluate image embeddings, batch by batch.
+        """Evaluate image embeddings, batch by batch; errors as `decode_tokens`.
 
         Args:
             embeddings: ``(n_rows * n_columns, n_embd)``, row by row from the top left.
@@ -288,11 +310,9 @@ class LlamaContext:
         batch.pos = _as(positions, ctypes.c_int32)
         batch.logits = _as(wanted, ctypes.c_int8)
         clear_errors()
-        if self._callback is None:
-            status = int(self._llama.llama_decode(self.handle, batch))
-        else:
-            with HeldInterrupts() as self._interrupts:
-                status = int(self._llama.llama_decode(self.handle, batch))
+        status = int(self._llama.llama_decode(self.handle, batch))
+        if self._stop.is_set():  # status 2; or 0, where `_on_node` ended the graph
+            raise Stopped
         if status != 0:
             raise engine_error(f"llama.cpp: decode failed (status {status})")
         self.n_past += n
@@ -310,7 +330,7 @@ class LlamaContext:
         layer = names.get(tensor_name(tensor))
         if not ask and layer is not None:
             on_layer(layer)
-            return not self._interrupts.ends_work  # False ends the batch, which is not counted then
+            return not self._stop.is_set()  # False ends the batch, which is not counted then
         return layer is not None or not ask
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
@@ -333,89 +353,6 @@ class LlamaContext:
         """Free the KV cache and the buffers."""
         if self.handle:
             self._llama.llama_free(self.handle)
-            self.handle = None
-
-
-CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-"""llama.h, ``llama_token_data``."""
-
-
-def candidate_array(llama: Any, candidates: NDArray[Any]) -> Any:
-    """llama.cpp's view of ``(n,)`` `CANDIDATE` records, which must outlive it."""
-    data = ctypes.cast(candidates.ctypes.data, llama.llama_token_data_p)
-    return llama.llama_token_data_array(data, len(candidates), -1, False)
-
-
-class SamplerChain:
-    """llama.cpp's samplers in the official server's order; remembers generated tokens only.
-
-    Args:
-        model: Gives the vocabulary size.
-        params: Checked values.
-        n_ctx: How many generated tokens the penalties can look back on: all of them.
-    """
-
-    def __init__(self, model: LlamaModel, params: SamplingParams, *, n_ctx: int) -> None:
-        llama = self._llama = load_llama()
-        self.handle = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        links: list[Any] = []
-        if (params.repeat_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0):
-            links.append(
-                llama.llama_sampler_init_penalties(
-                    model.n_vocab,
-                    n_ctx,
-                    params.repeat_penalty,
-                    params.frequency_penalty,
-                    params.presence_penalty,
-                )
-            )
-        if params.temperature == 0:
-            links.append(llama.llama_sampler_init_greedy())
-        else:
-            seed = llama.LLAMA_DEFAULT_SEED if params.seed is None else params.seed
-            links.append(llama.llama_sampler_init_temp(params.temperature))
-            if params.min_p > 0:
-                links.append(llama.llama_sampler_init_min_p(params.min_p, 1))
-            if params.top_k > 0:
-                links.append(llama.llama_sampler_init_top_k(params.top_k))
-            if params.top_p < 1:
-                links.append(llama.llama_sampler_init_top_p(params.top_p, 1))
-            links.append(llama.llama_sampler_init_dist(seed))
-        for link in links:
-            llama.llama_sampler_chain_add(self.handle, link)
-        self._ids = np.arange(model.n_vocab, dtype=np.int32)
-        self._candidates = np.zeros(model.n_vocab, CANDIDATE)
-
-    def sample(self, context: LlamaContext, among: NDArray[np.int32] | None = None) -> int:
-        """Choose from the last output's logits; the penalties count it when it is accepted.
-
-        Args:
-            context: Has evaluated a batch.
-            among: Ids to choose from, at least one; None means all.
-
-        Raises:
-            EngineError: The logits hold NaN, which llama.cpp's samplers do not survive.
-        """
-        logits = context.logits()
-        if not bool(np.isfinite(logits.max())):
-            raise engine_error(
-                "model: its logits are not finite", hint="convert the checkpoint again and verify"
-            )
-        candidates = self._candidates[: len(logits) if among is None else len(among)]
-        candidates["id"] = self._ids if among is None else among
-        candidates["logit"] = logits if among is None else logits[among]
-        array = candidate_array(self._llama, candidates)
-        self._llama.llama_sampler_apply(self.handle, ctypes.byref(array))
-        return int(array.data[array.selected].id)
-
-    def accept(self, token: int) -> None:
-        """Remember a token as generated."""
-        self._llama.llama_sampler_accept(self.handle, token)
-
-    def close(self) -> None:
-        """Free the chain and its links."""
-        if self.handle:
-            self._llama.llama_sampler_free(self.handle)
             self.handle = None
 
 

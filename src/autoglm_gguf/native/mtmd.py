@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_gguf.native.ggml import device_handle
-from autoglm_gguf.native.library import clear_errors, engine_error, load_mtmd
+from autoglm_gguf.native.library import clear_errors, engine_error, load_llama, load_mtmd
 from autoglm_gguf.native.llama import LlamaModel
+from autoglm_gguf.stopping import StopFlag, Stopped
 
 
 class VisionTower:
@@ -45,6 +47,7 @@ class VisionTower:
     ) -> None:
         self._mtmd = load_mtmd()
         self._n_embd = model.n_embd
+        self._stop = StopFlag()
         params = self._mtmd.mtmd_context_params_default()
         params.use_gpu = device is not None
         params.device = None if device is None else device_handle(device)
@@ -54,6 +57,10 @@ class VisionTower:
         params.warmup = False  # it would reserve 496 MiB whatever the limit
         params.image_min_tokens = 1  # the caller has already chosen the size
         params.image_max_tokens = max_image_tokens
+        # The tower's backend takes no abort callback: asked for every node, this one ends the graph
+        # between any two. It runs a hundred times a second, not for every token.
+        self._callback = load_llama().ggml_backend_sched_eval_callback(self._on_node)
+        params.cb_eval = self._callback
         clear_errors()
         self._handle = self._mtmd.mtmd_init_from_file(str(path).encode(), model.handle, params)
         if not self._handle:
@@ -62,19 +69,27 @@ class VisionTower:
             self.close()
             raise engine_error(f"{path.name}: holds no vision tower")
 
-    def encode(self, pixels: NDArray[np.uint8], grid: tuple[int, int]) -> NDArray[np.float32]:
+    def _on_node(self, _tensor: int, ask: bool, _data: Any) -> bool:
+        return ask or not self._stop.is_set()  # no to "ask" would let all that is left run at once
+
+    def encode(
+        self, pixels: NDArray[np.uint8], grid: tuple[int, int], stop: StopFlag | None = None
+    ) -> NDArray[np.float32]:
         """Run the tower over one image.
 
         Args:
             pixels: ``(height, width, 3)``, RGB, both sides multiples of patch size times merge.
             grid: ``(n_columns, n_rows)`` of image tokens the pixels must give.
+            stop: Ends the work when it is set.
 
         Returns:
             ``(n_columns * n_rows, n_embd)``, a copy, row by row from the top left.
 
         Raises:
+            Stopped: The flag was set.
             EngineError: libmtmd failed, or would have changed the image's size.
         """
+        self._stop = stop or StopFlag()
         chunks = self._mtmd.mtmd_input_chunks_init()
         try:
             image = self._tokenize(pixels, chunks)
@@ -82,7 +97,10 @@ class VisionTower:
             if n_tokens != grid[0] * grid[1]:
                 raise engine_error(f"libmtmd: {n_tokens} image tokens, not {grid[0]}x{grid[1]}")
             clear_errors()
-            if self._mtmd.mtmd_encode_chunk(self._handle, image) != 0:
+            status = self._mtmd.mtmd_encode_chunk(self._handle, image)
+            if self._stop.is_set():  # a graph that was ended early counts as done
+                raise Stopped
+            if status != 0:
                 raise engine_error("libmtmd: encoding the image failed")
             pointer = self._mtmd.mtmd_get_output_embd(self._handle)
             return np.ctypeslib.as_array(pointer, (n_tokens, self._n_embd)).copy()

@@ -1,0 +1,145 @@
+"""What a request costs: only what is new is evaluated, and what was not finished is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from PIL import Image
+
+from autoglm_gguf import AutoGLM, Chunk, ContextFullError, EngineError, ImagePart, Message, TextPart
+from autoglm_gguf.engine.fake import FakeEngine
+from autoglm_gguf.stopping import StopFlag
+
+N_IMAGE = 24
+
+
+def screen(colour: str) -> Image.Image:
+    return Image.new("RGB", (112, 168), colour)  # 4 x 6 image tokens, no resize needed
+
+
+def user(text: str, image: Image.Image | None = None) -> Message:
+    return Message("user", text if image is None else (ImagePart(image), TextPart(text)))
+
+
+def cost(model: AutoGLM, prompt: str | Sequence[Message], **options: object) -> tuple[int, int]:
+    """KV cells taken from the cache, and evaluated, for a prompt."""
+    timings = model.generate(prompt, **options).timings
+    return timings.cache_n, timings.prompt_n
+
+
+def test_prompt_that_goes_on_costs_what_is_new() -> None:
+    model = AutoGLM(FakeEngine(b"!"))
+    assert cost(model, "one", raw=True) == (0, 3)
+    assert cost(model, "one!two", raw=True) == (4, 3), "the answer is held too"
+    assert cost(model, "one!", raw=True) == (3, 1), "the last token gives the logits"
+    assert cost(model, "other", raw=True) == (1, 4)
+
+
+def test_prompt_is_evaluated_whole_where_the_cache_is_declined() -> None:
+    model = AutoGLM(FakeEngine(b"!"))
+    cost(model, "one", raw=True)
+    assert cost(model, "one", raw=True, cache_prompt=False) == (0, 3)
+
+
+def test_usage_counts_the_whole_prompt_wherever_it_came_from() -> None:
+    model = AutoGLM(FakeEngine(b"!"))
+    usages = [model.generate([user("?", screen("red"))], max_tokens=1).usage for _ in range(2)]
+    assert usages[0] == usages[1]
+
+
+def test_agent_step_costs_what_is_new_and_what_the_removed_image_invalidates() -> None:
+    """The client's history: the last screenshot is taken out, its answer appended."""
+    engine = FakeEngine(b"<answer>x</answer>")
+    model = AutoGLM(engine)
+    history = [Message("system", "S" * 50), user("task", screen("red"))]
+    first = model.generate(history)
+    before = engine.content.pieces
+    history[-1:] = [user("task"), Message("assistant", first.text + "</answer>")]
+    history.append(user("next", screen("blue")))
+    second = model.generate(history)
+
+    prompt = model.render(history)
+    head = prompt.text.index("task")
+    assert prompt.text[:head] == "".join(chr(p) for p in before[:head] if isinstance(p, int))
+    begin = prompt.text[:head]  # up to where the image was: <|begin_of_image|> is not there now
+    assert second.timings.cache_n == len(begin.encode())
+    n_all = sum(len(s.encode()) for s in prompt.segments) + N_IMAGE
+    assert second.timings.prompt_n == n_all - second.timings.cache_n
+    assert second.usage.prompt_tokens == n_all
+
+
+def test_image_seen_before_is_not_encoded_again() -> None:
+    engine = FakeEngine(b"!")
+    model = AutoGLM(engine)
+    for text in ("a", "b", "a"):
+        model.generate([Message("system", text), user("?", screen("red"))])
+    assert engine.n_encoded == 1
+    model.generate([user("?", screen("blue"))])
+    assert engine.n_encoded == 2
+
+
+def test_same_conversation_with_another_image_is_not_taken_from_the_cache() -> None:
+    model = AutoGLM(FakeEngine(b"!"))
+    cost(model, [user("?", screen("red"))])
+    kept, evaluated = cost(model, [user("?", screen("blue"))])
+    assert kept == model.render([user("")]).text.index("<|assistant|>") + len("<|begin_of_image|>")
+    assert evaluated > N_IMAGE
+
+
+class StoppingEngine(FakeEngine):
+    """The run is cancelled while the n-th batch is evaluated."""
+
+    n_left = -1
+    flag = StopFlag()
+
+    def watch(self, stop: StopFlag) -> None:
+        super().watch(stop)
+        self.flag = stop
+
+    def eval_tokens(self, tokens: Sequence[int]) -> None:
+        self.n_left -= 1
+        if self.n_left == 0:
+            self.flag.set()
+        super().eval_tokens(tokens)
+
+
+@pytest.mark.parametrize(("n", "text", "n_kept"), [(1, "", 0), (2, "", 64), (4, "a", 150)])
+def test_batch_that_is_cancelled_does_not_count(n: int, text: str, n_kept: int) -> None:
+    engine = StoppingEngine(b"abc")
+    model = AutoGLM(engine)
+    engine.n_left = n
+    chunks: list[Chunk] = list(model.stream("p" * 150, raw=True))
+    assert chunks[-1].finish_reason == "cancelled"
+    assert "".join(c.text for c in chunks) == text
+    assert len(engine.evaluated) == n_kept
+    assert model.generate("p" * 150, raw=True).text == "abc", "the model stays usable"
+
+
+class FailingEngine(FakeEngine):
+    """A batch fails, once."""
+
+    fails = False
+
+    def eval_tokens(self, tokens: Sequence[int]) -> None:
+        if self.fails and len(self.evaluated) > 64:
+            self.fails = False
+            raise EngineError("llama.cpp: decode failed")
+        super().eval_tokens(tokens)
+
+
+def test_failure_leaves_what_was_evaluated_before_it() -> None:
+    engine = FailingEngine(b"abc")
+    engine.fails = True
+    model = AutoGLM(engine)
+    with pytest.raises(EngineError, match="decode failed"):
+        model.generate("p" * 150, raw=True)
+    assert cost(model, "p" * 150, raw=True) == (128, 22)
+
+
+def test_prompt_that_does_not_fit_leaves_the_cache_as_it_was() -> None:
+    model = AutoGLM(FakeEngine(b"!", n_ctx=64))
+    cost(model, "one", raw=True)
+    with pytest.raises(ContextFullError):
+        model.generate("x" * 64, raw=True)
+    assert cost(model, "one!?", raw=True) == (4, 1)

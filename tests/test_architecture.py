@@ -22,6 +22,7 @@ LEVELS = (
     ("hybrid",),
     ("evaluate", "bench", "doctor"),
     ("session", "embedded"),
+    ("conversation",),
     ("generation",),
     ("conversion", "engine"),
     ("memory", "sampling", "annotate"),

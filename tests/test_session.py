@@ -25,8 +25,9 @@ from autoglm_gguf import (
     measure_memory,
 )
 from autoglm_gguf.actions import Launch
+from autoglm_gguf.conversation import close_answer
 from autoglm_gguf.engine.fake import IMAGE, STOP, FakeEngine
-from autoglm_gguf.session import close_answer, collect
+from autoglm_gguf.messages import collect
 
 ENDLESS = b"x" * 300_000
 ROOMY = 1 << 20

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autoglm_gguf.actions import Action, parse_answer
     from autoglm_gguf.config import ContextParams, SamplingParams
+    from autoglm_gguf.conversation import ChatSession
     from autoglm_gguf.conversion.pipeline import ModelPair, convert
     from autoglm_gguf.embedded import default_pair
     from autoglm_gguf.errors import (
@@ -46,13 +47,14 @@ if TYPE_CHECKING:
         Usage,
     )
     from autoglm_gguf.progress import Progress
-    from autoglm_gguf.session import AutoGLM, ChatSession, Step
+    from autoglm_gguf.session import AutoGLM, Step
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "actions": ("Action", "parse_answer"),
     "config": ("ContextParams", "SamplingParams"),
+    "conversation": ("ChatSession",),
     "conversion.pipeline": ("ModelPair", "convert"),
     "embedded": ("default_pair",),
     "errors": (
@@ -80,7 +82,7 @@ _HOMES = {
     "memory.plan": ("MemoryPlan", "plan_memory"),
     "messages": ("Chunk", "Completion", "ImagePart", "Message", "TextPart", "Timings", "Usage"),
     "progress": ("Progress",),
-    "session": ("AutoGLM", "ChatSession", "Step"),
+    "session": ("AutoGLM", "Step"),
 }
 _HOME = {name: home for home, listed in _HOMES.items() for name in listed}
 

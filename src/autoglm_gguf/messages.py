@@ -6,7 +6,7 @@ Pure data. It does not know how a prompt is rendered or how an engine works.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -156,3 +156,28 @@ class Completion:
     tokens: tuple[int, ...] = ()
     usage: Usage = field(default_factory=Usage)
     timings: Timings = field(default_factory=Timings)
+
+
+def collect(chunks: Iterator[Chunk] | Sequence[Chunk]) -> Completion:
+    """Add a stream's chunks up."""
+    texts: list[str] = []
+    tokens: list[int] = []
+    last = Chunk("")
+    for chunk in chunks:
+        texts.append(chunk.text)
+        tokens.extend(chunk.tokens)
+        last = chunk
+    return Completion(
+        "".join(texts),
+        last.finish_reason or "cancelled",
+        tuple(tokens),
+        last.usage or Usage(),
+        last.timings or Timings(),
+    )
+
+
+def user_message(text: str, image: ImageSource | None) -> Message:
+    """What the user says, after the image if there is one."""
+    if image is None:
+        return Message("user", text)
+    return Message("user", (ImagePart(image), TextPart(text)))

@@ -1,4 +1,4 @@
-"""`AutoGLM`, the runtime class, and `ChatSession`: where prompt, engine, sampling and text meet.
+"""`AutoGLM`, the runtime class: where prompt, engine, sampling and text meet.
 
 One engine, one sequence: calls from several threads queue; a second stream in the thread that holds
 an open one is an error, since it would wait for itself. Knows no files beyond passing paths on.
@@ -11,13 +11,14 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 from autoglm_gguf.actions import Action, choose_system_prompt, parse_answer
 from autoglm_gguf.config import CONTENT_FORMATS, ContentFormat, SamplingParams
+from autoglm_gguf.conversation import ChatSession
 from autoglm_gguf.engine.base import Engine, EngineInfo
 from autoglm_gguf.engine.content import ImageCells, Piece
 from autoglm_gguf.engine.images import EmbeddingCache
@@ -29,20 +30,19 @@ from autoglm_gguf.errors import (
     PromptError,
 )
 from autoglm_gguf.generation import Request, Run
-from autoglm_gguf.gguf.names import END_OF_ANSWER
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
 from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
 from autoglm_gguf.messages import (
     Chunk,
     Completion,
-    ImagePart,
     ImageSource,
     Message,
     MessageLike,
-    TextPart,
     Timings,
     Usage,
+    collect,
     parse_messages,
+    user_message,
 )
 from autoglm_gguf.prompt import Prompt, render_prompt
 from autoglm_gguf.sampling import act_options
@@ -353,7 +353,7 @@ class AutoGLM:
             text = f"{task}\n\n{screen}"
         prompt = choose_system_prompt(task) if system == _AUTO_SYSTEM else system
         messages = [] if prompt is None else [Message("system", prompt)]
-        return [*messages, _user_message(text, screenshot)]
+        return [*messages, user_message(text, screenshot)]
 
     def _prepare(
         self,
@@ -367,7 +367,7 @@ class AutoGLM:
         if image is not None:
             if not isinstance(prompt, str) or raw:
                 raise ValueError("image: goes with a prompt that is a string and not raw")
-            prompt = [_user_message(prompt, image)]
+            prompt = [user_message(prompt, image)]
         rendered = self.render(prompt, raw=raw)
         images = [self._read_pixels(source) for source in rendered.images]
         with self._exclusive(stopped):
@@ -454,90 +454,9 @@ def _busy(name: str) -> EngineBusyError:
     )
 
 
-class ChatSession:
-    """A conversation; its turns are kept, an interrupted answer as far as it went.
-
-    Args:
-        model: Outlives the session.
-        system: The system prompt.
-    """
-
-    def __init__(self, model: AutoGLM, *, system: str | None = None) -> None:
-        self._model = model
-        self._system = system
-        self.messages: list[Message] = []
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget every turn; the system prompt stays."""
-        self.messages = [] if self._system is None else [Message("system", self._system)]
-
-    def stream(
-        self, text: str, *, image: ImageSource | None = None, **sampling: Any
-    ) -> Iterator[Chunk]:
-        """Say something and stream the answer. Arguments and errors are those of `AutoGLM.stream`.
-
-        A request that is refused leaves the conversation as it was.
-        """
-        turn = _user_message(text, image)
-        answer = self._model.stream([*self.messages, turn], **sampling)
-        return self._keep(turn, answer)
-
-    def send(self, text: str, *, image: ImageSource | None = None, **sampling: Any) -> Completion:
-        """Say something and take the answer as a whole."""
-        return collect(self.stream(text, image=image, **sampling))
-
-    def _keep(self, turn: Message, answer: Generator[Chunk, None, None]) -> Iterator[Chunk]:
-        said, finished = "", False
-        try:
-            for chunk in answer:
-                said += chunk.text
-                finished = chunk.finish_reason in ("stop", "length")
-                yield chunk
-        finally:
-            answer.close()
-            if said or finished:
-                self.messages += [turn, Message("assistant", close_answer(said))]
-
-    def __enter__(self) -> ChatSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clear()
-
-
-def collect(chunks: Iterator[Chunk] | Sequence[Chunk]) -> Completion:
-    """Add a stream's chunks up."""
-    texts: list[str] = []
-    tokens: list[int] = []
-    last = Chunk("")
-    for chunk in chunks:
-        texts.append(chunk.text)
-        tokens.extend(chunk.tokens)
-        last = chunk
-    return Completion(
-        "".join(texts),
-        last.finish_reason or "cancelled",
-        tuple(tokens),
-        last.usage or Usage(),
-        last.timings or Timings(),
-    )
-
-
-def close_answer(text: str) -> str:
-    """Add the ``</answer>`` that ended a turn, as the client writes it into the history."""
-    return text + END_OF_ANSWER if "<answer>" in text and END_OF_ANSWER not in text else text
-
-
 def _join(segments: Sequence[Sequence[int]], images: Sequence[Pixels]) -> tuple[Piece, ...]:
     """``segments[0] images[0] segments[1] …`` as pieces."""
     pieces: list[Piece] = [*segments[0]]
     for image, segment in zip(images, segments[1:], strict=True):
         pieces += [ImageCells(image.key, image.grid), *segment]
     return tuple(pieces)
-
-
-def _user_message(text: str, image: ImageSource | None) -> Message:
-    if image is None:
-        return Message("user", text)
-    return Message("user", (ImagePart(image), TextPart(text)))

@@ -19,9 +19,10 @@ from autoglm_gguf.cli import options, output
 from autoglm_gguf.cli.plan import draw_memory
 from autoglm_gguf.cli.prompt_line import EndOfInput, LineReader, open_reader
 from autoglm_gguf.config import CONSTRAIN_ACTION
+from autoglm_gguf.conversation import ChatSession
 from autoglm_gguf.errors import AutoGLMError
 from autoglm_gguf.messages import Chunk, ImagePart
-from autoglm_gguf.session import AutoGLM, ChatSession
+from autoglm_gguf.session import AutoGLM
 from autoglm_gguf.vision import open_image
 
 HELP = """/image PATH   show an image with the next message

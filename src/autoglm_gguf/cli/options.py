@@ -111,6 +111,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
     parser.add_argument("--repeat-penalty", type=float, default=1.0, metavar="F")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
     parser.add_argument(
+        "--no-cache-prompt",
+        action="store_false",
+        dest="cache_prompt",
+        help="evaluate the whole prompt each time, also what the KV cache holds of it",
+    )
+    parser.add_argument(
         "--apps", metavar="FILE", help="names that Launch may open, one a line; others cannot come"
     )
 

@@ -23,11 +23,12 @@ LEVELS = (
     ("evaluate", "bench", "doctor"),
     ("session", "embedded"),
     ("conversation",),
+    ("preparation",),
     ("generation",),
     ("conversion", "engine"),
     ("memory", "sampling", "annotate"),
     ("hub",),
-    ("hub_client", "checkpoint", "prompt", "vision", "actions", "stream", "devices"),
+    ("hub_client", "checkpoint", "prompt", "history", "vision", "actions", "stream", "devices"),
     ("hub_cache", "native", "gguf"),
     ("config", "messages", "units", "errors", "progress", "programs", "stopping"),
 )

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import pytest
 from PIL import Image
 
-from autoglm_gguf import AutoGLM, Chunk, ContextFullError, EngineError, ImagePart, Message, TextPart
+from autoglm_gguf import (
+    AutoGLM,
+    Chunk,
+    ContextFullError,
+    EngineError,
+    ImagePart,
+    Message,
+    TextPart,
+    TokenBudget,
+)
 from autoglm_gguf.engine.fake import FakeEngine
 from autoglm_gguf.stopping import StopFlag
 
@@ -143,3 +152,68 @@ def test_prompt_that_does_not_fit_leaves_the_cache_as_it_was() -> None:
     with pytest.raises(ContextFullError):
         model.generate("x" * 64, raw=True)
     assert cost(model, "one!?", raw=True) == (4, 1)
+
+
+# --- token budgets ---
+
+
+def talk(n_turns: int) -> list[Message]:
+    messages = [Message("system", "S")]
+    for n in range(n_turns):
+        messages += [Message("user", f"question {n}"), Message("assistant", f"answer {n}")]
+    return [*messages, Message("user", "last?")]
+
+
+def test_oldest_turns_are_left_out_and_the_result_says_how_many() -> None:
+    engine = FakeEngine(b"!", n_ctx=512)
+    model = AutoGLM(engine)
+    assert model.generate(talk(2)).usage.dropped_messages == 0
+    usage = model.generate(talk(30), max_tokens=64).usage
+    assert usage.dropped_messages > 2
+    assert usage.dropped_messages % 2 == 0, "whole turns"
+    said = bytes(token for token in engine.evaluated if token < 256).decode()
+    assert "<|system|>\nS" in said
+    assert "question 0" not in said
+    assert "question 29" in said
+    assert "last?" in said
+    assert usage.prompt_tokens <= 512 - 64
+
+
+def test_prompt_budget_counts_beside_the_newest_image() -> None:
+    model = AutoGLM(FakeEngine(b"!"), token_budget=TokenBudget(prompt=200))
+    messages = [*talk(4)[:-1], user("last?", screen("red"))]
+    usage = model.generate(messages).usage
+    assert 0 < usage.dropped_messages < 8
+    assert usage.prompt_tokens <= 200 + N_IMAGE
+
+
+def test_message_over_the_prompt_budget_is_refused_with_counts() -> None:
+    model = AutoGLM(FakeEngine(b"!"), token_budget=TokenBudget(prompt=50))
+    with pytest.raises(ContextFullError, match=r"over the token budget \(\d+ tokens, 50 at most"):
+        model.generate("x" * 60)
+
+
+def test_thinking_over_its_budget_is_closed_and_the_answer_begun() -> None:
+    engine = FakeEngine(b"<think>" + b"hm " * 100)
+    model = AutoGLM(engine, token_budget=TokenBudget(thinking=16, answer=40))
+    answer = model.generate("?")
+    assert answer.text.startswith("<think>" + "hm hm hm " + "</think><answer>")
+    assert answer.usage.completion_tokens == 16 + 40
+    assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("said", [b"no tags, " * 9, b"<think>short</think>" + b"answer " * 9])
+def test_text_that_is_no_thinking_is_left_alone(said: bytes) -> None:
+    model = AutoGLM(FakeEngine(said), token_budget=TokenBudget(thinking=21))
+    assert model.generate("?").text == said.decode()
+
+
+def test_thinking_before_an_action_is_ended_too_where_no_tag_marks_it() -> None:
+    model = AutoGLM(FakeEngine(b"hm " * 100))
+    answer = model.generate("?", constrain="action", max_thinking_tokens=9, max_tokens=200)
+    assert answer.text.startswith("hm hm hm <answer>")
+
+
+def test_token_budget_gives_the_sizes_of_a_context() -> None:
+    assert TokenBudget(3000, 1024, 200, 100).sizes() == {"n_ctx": 4324, "max_image_tokens": 1024}
+    assert TokenBudget(prompt=3000).sizes() == {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autoglm_gguf.actions import Action, parse_answer
-    from autoglm_gguf.config import ContextParams, SamplingParams
+    from autoglm_gguf.config import ContextParams, SamplingParams, TokenBudget
     from autoglm_gguf.conversation import ChatSession
     from autoglm_gguf.conversion.pipeline import ModelPair, convert
     from autoglm_gguf.embedded import default_pair
@@ -53,7 +53,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "actions": ("Action", "parse_answer"),
-    "config": ("ContextParams", "SamplingParams"),
+    "config": ("ContextParams", "SamplingParams", "TokenBudget"),
     "conversation": ("ChatSession",),
     "conversion.pipeline": ("ModelPair", "convert"),
     "embedded": ("default_pair",),
@@ -120,6 +120,7 @@ __all__ = [
     "TensorInfo",
     "TextPart",
     "Timings",
+    "TokenBudget",
     "UnsupportedModelError",
     "Usage",
     "VerificationError",

@@ -71,6 +71,46 @@ class ContextParams:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenBudget:
+    """How a context is shared out: for what each part may take, n_ctx has room.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    prompt: int | None = None
+    """KV cells of a prompt without its last message's images. The oldest turns of a longer history
+    are left out, never the system prompt or the last message. None: what n_ctx leaves."""
+    image: int | None = None
+    """Image tokens of one image; a larger one is made smaller. None: the model's own limit."""
+    thinking: int | None = None
+    """Tokens before the answer: then ``</think>`` is said for the model and the answer begun."""
+    answer: int | None = None
+    """Tokens kept for the answer after the thinking."""
+
+    def __post_init__(self) -> None:
+        _check_ints(self, "prompt", "image", "thinking", "answer")
+        for name, least in (("prompt", 1), ("image", 16), ("thinking", 1), ("answer", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"token budget, {name} {value}: at least {least}")
+
+    def sizes(self) -> dict[str, int]:
+        """Fields of `ContextParams` that follow: n_ctx from prompt and answer, max_image_tokens."""
+        found: dict[str, int] = {}
+        if self.prompt is not None and self.answer is not None:
+            found["n_ctx"] = max(8, self.prompt + (self.image or 0) + self.n_generated)
+        if self.image is not None:
+            found["max_image_tokens"] = self.image
+        return found
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens that may be generated, as far as they are given; 0 if none is."""
+        return (self.thinking or 0) + (self.answer or 0)
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. Penalties count generated tokens only, as vLLM and OpenAI do.
 
@@ -82,6 +122,9 @@ class SamplingParams:
 
     max_tokens: int | None = None
     """Tokens to generate at most; None fills the context."""
+    max_thinking_tokens: int | None = None
+    """Of these, before ``</think>`` or the action: then the thinking is closed and ``<answer>``
+    begun. Text that is not marked as thinking is none, but in an answer held to an action."""
     temperature: float = 0.0
     """0 takes the most probable token."""
     top_p: float = 1.0
@@ -127,7 +170,9 @@ class SamplingParams:
             raise ValueError("apps: names that are not empty, with constrain='action'")
         if not isinstance(self.cache_prompt, bool):
             raise TypeError(f"cache_prompt {self.cache_prompt!r}: not True or False")
-        _check_ints(self, "max_tokens", "top_k", "seed")
+        _check_ints(self, "max_tokens", "max_thinking_tokens", "top_k", "seed")
+        if self.max_thinking_tokens is not None and self.max_thinking_tokens < 1:
+            raise ValueError(f"max_thinking_tokens {self.max_thinking_tokens}: at least 1")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens {self.max_tokens}: at least 1")
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -162,3 +207,6 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         raise TypeError(f"{name} {value!r}: not a number")
     if not low <= value <= high:  # also refuses NaN
         raise ValueError(f"{name} {value}: not in {low:g}..{high:g}")
+
+
+NO_TOKEN_BUDGET = TokenBudget()

@@ -21,6 +21,7 @@ from autoglm_gguf.sampling import (
     ActionTokens,
     Constraint,
     GrammarConstraint,
+    ThinkingLimit,
 )
 from autoglm_gguf.stopping import StopFlag, Stopped
 from autoglm_gguf.stream import TextStream
@@ -36,6 +37,8 @@ class Request:
     images: Mapping[str, Pixels]
     """The prompt's images by their keys."""
     params: SamplingParams
+    n_dropped: int = 0
+    """Messages of the history that were left out of the prompt."""
 
     @property
     def n_prompt(self) -> int:
@@ -179,7 +182,7 @@ class Run:
 
     def _last(self, shown: str, tokens: tuple[int, ...], reason: FinishReason) -> Chunk:
         n_image = count_cells(p for p in self._request.pieces if not isinstance(p, int))
-        usage = Usage(self._n_prompt, self._n_predicted, n_image)
+        usage = Usage(self._n_prompt, self._n_predicted, n_image, self._request.n_dropped)
         timings = replace(
             self._timings,
             predicted_n=self._n_predicted,
@@ -204,10 +207,11 @@ def open_constraint(engine: Engine, params: SamplingParams) -> Constraint | None
     Raises:
         ValueError: A JSON schema that cannot be turned into a grammar.
     """
+    most = params.max_thinking_tokens
     if params.constrain is None:
-        return None
+        return None if most is None else ThinkingLimit(engine, most)
     if isinstance(params.constrain, Mapping):
         return GrammarConstraint(engine.open_grammar(json.dumps(dict(params.constrain))))
     info = engine.info
     automaton = compile_actions(params.apps)
-    return ActionConstraint(ActionTokens(engine, info.n_vocab, info.stop_ids, automaton))
+    return ActionConstraint(ActionTokens(engine, info.n_vocab, info.stop_ids, automaton), most)

@@ -100,6 +100,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     image_tokens: int = 0
+    dropped_messages: int = 0
+    """Oldest messages of the conversation that had no room in the prompt."""
 
     @property
     def total_tokens(self) -> int:

@@ -227,10 +227,12 @@ class ActionConstraint:
 
     Args:
         tokens: The model's.
+        max_thinking_tokens: After so many the action is asked for; None lets it think.
     """
 
-    def __init__(self, tokens: ActionTokens) -> None:
+    def __init__(self, tokens: ActionTokens, max_thinking_tokens: int | None = None) -> None:
         self._tokens, self._automaton = tokens, tokens.automaton
+        self._max_thinking, self._n_said = max_thinking_tokens, 0
         self._state = self._automaton.start
         self._said, self._said_tokens = bytearray(), list[int]()
         self._reserve: int | None = None
@@ -249,6 +251,9 @@ class ActionConstraint:
         if lead_in is not None and n_left <= self._reserve:
             self.cut = True
             return self._take(sampler, self._begin_action(lead_in), n_left)
+        if lead_in is not None and self._n_said == self._max_thinking:
+            return self._take(sampler, self._begin_action(lead_in), n_left)
+        self._n_said += 1
         token = sampler.sample()
         state = self._tokens.after(self._state, token)
         if state == DEAD and lead_in is not None and token in self._tokens.stop_ids:
@@ -301,6 +306,37 @@ class ActionConstraint:
         if data.endswith(b">") and self._said.endswith(b"<answer>"):
             # Tags are tokens of their own, or nearly: what follows is cut without regard to them.
             self._said, self._said_tokens = bytearray(), []
+
+
+class ThinkingLimit:
+    """Closes ``<think>`` after so many tokens and begins the answer; else lets everything through.
+
+    Args:
+        tokens: The model's.
+        most: Tokens from the answer's beginning.
+    """
+
+    complete = cut = False
+
+    def __init__(self, tokens: TokenTable, most: int) -> None:
+        self._tokens, self._n_left = tokens, most
+        self._said = bytearray()
+
+    def next_tokens(self, sampler: TokenSampler, n_left: int) -> list[int]:
+        """A sampled token, or those that end the thinking; all accepted."""
+        if self._n_left == 0 and b"<think>" in self._said and b"</think>" not in self._said:
+            taken = self._tokens.tokenize("</think><answer>")[:n_left]
+        else:
+            taken = [sampler.sample()]
+        if self._n_left >= 0:
+            self._n_left -= 1
+            self._said += self._tokens.token_bytes(taken[0])
+        for token in taken:
+            sampler.accept(token)
+        return taken
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class Grammar(Protocol):

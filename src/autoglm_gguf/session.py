@@ -17,17 +17,19 @@ from types import TracebackType
 from typing import Any
 
 from autoglm_gguf.actions import Action, choose_system_prompt, parse_answer
-from autoglm_gguf.config import CONTENT_FORMATS, ContentFormat, SamplingParams
+from autoglm_gguf.config import (
+    CONTENT_FORMATS,
+    NO_TOKEN_BUDGET,
+    ContentFormat,
+    SamplingParams,
+    TokenBudget,
+)
 from autoglm_gguf.conversation import ChatSession
 from autoglm_gguf.engine.base import Engine, EngineInfo
-from autoglm_gguf.engine.content import ImageCells, Piece
 from autoglm_gguf.engine.images import EmbeddingCache
 from autoglm_gguf.errors import (
-    ContextFullError,
     EngineBusyError,
     EngineError,
-    ImageError,
-    PromptError,
 )
 from autoglm_gguf.generation import Request, Run
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
@@ -41,13 +43,12 @@ from autoglm_gguf.messages import (
     Timings,
     Usage,
     collect,
-    parse_messages,
     user_message,
 )
-from autoglm_gguf.prompt import Prompt, render_prompt
+from autoglm_gguf.preparation import Preparation
+from autoglm_gguf.prompt import Prompt
 from autoglm_gguf.sampling import act_options
 from autoglm_gguf.stopping import StopFlag
-from autoglm_gguf.vision import Pixels, read_pixels
 
 _AUTO_SYSTEM = "auto"
 _WAIT_SECONDS = 0.05  # how often a waiting request looks whether it was cancelled
@@ -73,18 +74,25 @@ class AutoGLM:
     Args:
         engine: What evaluates; `autoglm_gguf.engine.fake.FakeEngine` for tests.
         content_format: How image and text of a message are joined; see `render_prompt`.
+        token_budget: How n_ctx is shared out; see `TokenBudget`.
 
     Raises:
         ValueError: Unknown content_format.
     """
 
-    def __init__(self, engine: Engine, *, content_format: ContentFormat = "openai") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        content_format: ContentFormat = "openai",
+        token_budget: TokenBudget = NO_TOKEN_BUDGET,
+    ) -> None:
         if content_format not in CONTENT_FORMATS:
             raise ValueError(
                 f"content_format {content_format!r}: not one of {', '.join(CONTENT_FORMATS)}"
             )
         self._engine = engine
-        self._content_format = content_format
+        self._preparation = Preparation(engine, content_format, token_budget)
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._cancel = StopFlag()
@@ -100,6 +108,7 @@ class AutoGLM:
         mmproj: str | os.PathLike[str] | None = "auto",
         memory_budget: Budget = DEFAULT_BUDGET,
         content_format: ContentFormat = "openai",
+        token_budget: TokenBudget = NO_TOKEN_BUDGET,
         self_test: bool = True,
         **context: Any,
     ) -> AutoGLM:
@@ -112,6 +121,8 @@ class AutoGLM:
                 decode: bytes, ``"4GB"``, ``"4GiB"``, or ``"none"``; see `plan_memory`.
             content_format: ``openai`` renders as transformers does, ``string`` as the official
                 server does (image, line break, text).
+            token_budget: How n_ctx is shared out. Where it bounds prompt and answer, n_ctx is their
+                sum; where it bounds images, max_image_tokens is that; unless these are given.
             self_test: Compare a GPU with the CPU when it is first used with this model, and keep
                 on the CPU what it gets wrong; ``info.notes`` tells.
             **context: Fields of `ContextParams`: n_ctx, n_gpu_layers, device, n_threads, type_k,
@@ -129,8 +140,9 @@ class AutoGLM:
         """
         from autoglm_gguf.engine.loading import load_engine
 
+        context = token_budget.sizes() | context
         engine = load_engine(model, mmproj, memory_budget, self_test=self_test, context=context)
-        return cls(engine, content_format=content_format)
+        return cls(engine, content_format=content_format, token_budget=token_budget)
 
     @property
     def info(self) -> EngineInfo:
@@ -172,22 +184,7 @@ class AutoGLM:
         Raises:
             PromptError: The template cannot render it, or the model has none.
         """
-        if raw:
-            if not isinstance(prompt, str):
-                raise ValueError("raw: takes a string, not messages")
-            return Prompt((prompt,))
-        messages: Sequence[MessageLike] = (
-            [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        )
-        template = self.info.chat_template
-        if template is None:
-            raise PromptError(
-                f"{self.info.name}: has no chat template",
-                hint="use raw=True for plain completion, or convert the checkpoint again",
-            )
-        return render_prompt(
-            parse_messages(messages), template, content_format=self._content_format
-        )
+        return self._preparation.render(prompt, raw=raw)
 
     def stream(
         self,
@@ -368,32 +365,8 @@ class AutoGLM:
             if not isinstance(prompt, str) or raw:
                 raise ValueError("image: goes with a prompt that is a string and not raw")
             prompt = [user_message(prompt, image)]
-        rendered = self.render(prompt, raw=raw)
-        images = [self._read_pixels(source) for source in rendered.images]
         with self._exclusive(stopped):
-            segments = [self._engine.tokenize(segment) for segment in rendered.segments]
-        request = Request(_join(segments, images), {i.key: i for i in images}, params)
-        n_prompt, n_ctx = request.n_prompt, self.info.n_ctx
-        if not segments[-1]:
-            raise PromptError("prompt: empty" if n_prompt == 0 else "prompt: ends with an image")
-        if n_prompt >= n_ctx:
-            raise ContextFullError(
-                f"prompt: does not fit the context ({n_prompt} tokens, n_ctx {n_ctx})",
-                n_prompt=n_prompt,
-                n_ctx=n_ctx,
-                hint="raise n_ctx, set max_image_tokens, or shorten the conversation",
-            )
-        return request
-
-    def _read_pixels(self, source: ImageSource) -> Pixels:
-        info = self.info
-        if info.vision is None:
-            reason = next((note for note in info.notes if note.startswith("images:")), "")
-            raise ImageError(
-                f"{info.name}: takes no images" + (f" ({reason})" if reason else ""),
-                hint="load the model together with its mmproj file",
-            )
-        return read_pixels(source, info.vision, max_image_tokens=info.max_image_tokens)
+            return self._preparation.prepare(prompt, params, raw=raw)
 
     def _exclusive(self, stopped: StopFlag | None = None) -> _Turn:
         return _Turn(self, stopped)
@@ -452,11 +425,3 @@ def _busy(name: str) -> EngineBusyError:
         f"{name}: another stream is open in this thread",
         hint="read it to its end or close it first",
     )
-
-
-def _join(segments: Sequence[Sequence[int]], images: Sequence[Pixels]) -> tuple[Piece, ...]:
-    """``segments[0] images[0] segments[1] …`` as pieces."""
-    pieces: list[Piece] = [*segments[0]]
-    for image, segment in zip(images, segments[1:], strict=True):
-        pieces += [ImageCells(image.key, image.grid), *segment]
-    return tuple(pieces)

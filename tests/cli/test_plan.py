@@ -116,3 +116,30 @@ def test_plan_that_cannot_fit_exits_with_1(
         assert printed.out == ""
         assert "does not fit 2.00 MB" in printed.err
         assert "hint: --memory-budget " in printed.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt=x", "each part is a name"),
+        ("words=3", "parts are prompt, image, thinking, answer"),
+        ("image=3", "image 3: at least 16"),
+        ("", "parts are"),
+    ],
+)
+def test_token_budget_that_cannot_be_read_says_what_it_takes(
+    text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "--token-budget", text])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.native
+def test_token_budget_decides_the_sizes_of_a_plan(
+    random_pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = "prompt=600,image=100,thinking=50,answer=50"
+    assert main(["plan", str(random_pair[0]), "--token-budget", budget, "--json"]) == 0
+    context = json.loads(capsys.readouterr().out)["context"]
+    assert (context["n_ctx"], context["max_image_tokens"]) == (800, 100)

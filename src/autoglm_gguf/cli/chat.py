@@ -242,15 +242,20 @@ class Conversation:
             kept = "the part above is kept" if said.strip() else "nothing was said yet"
             output.note(f"stopped; {kept}")
         if last.usage is not None:
+            n_dropped = last.usage.dropped_messages
+            if n_dropped:
+                output.note(f"note: the {n_dropped} oldest messages had no room and were left out")
             output.note(output.dim(self._summary(last), sys.stderr))
 
     def _summary(self, last: Chunk) -> str:
         assert last.usage is not None and last.timings is not None
         usage, timings = last.usage, last.timings
         left = self._model.info.n_ctx - usage.total_tokens
-        image = f" ({usage.image_tokens} image)" if usage.image_tokens else ""
+        parts = {"image": usage.image_tokens, "kept": timings.cache_n}
+        of_them = ", ".join(f"{n} {name}" for name, n in parts.items() if n)
+        of_them = f" ({of_them})" if of_them else ""
         return (
-            f"[{usage.prompt_tokens}{image} + {usage.completion_tokens} tokens · "
+            f"[{usage.prompt_tokens}{of_them} + {usage.completion_tokens} tokens · "
             f"{timings.predicted_per_second:.1f} tok/s · first token {timings.ttft_ms:.0f} ms · "
             f"context left {max(0, left)} · {last.finish_reason}]"
         )

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_gguf.cli import output
-from autoglm_gguf.config import CACHE_TYPES, CONTENT_FORMATS, ContextParams, SamplingParams
+from autoglm_gguf.config import (
+    CACHE_TYPES,
+    CONTENT_FORMATS,
+    NO_TOKEN_BUDGET,
+    ContextParams,
+    SamplingParams,
+    TokenBudget,
+)
 from autoglm_gguf.errors import AutoGLMError
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET
 from autoglm_gguf.memory.offload import ALL, AUTO
@@ -58,6 +65,13 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_BUDGET,
         help="for everything the process holds, such as 4GB, 4GiB or none (default: %(default)s)",
     )
+    parser.add_argument(
+        "--token-budget",
+        type=_token_budget,
+        default=NO_TOKEN_BUDGET,
+        metavar="PARTS",
+        help="shares of the context, such as prompt=6000,image=1024,thinking=400,answer=200",
+    )
     add = partial(parser.add_argument, default=None)
     add("--n-ctx", type=int, metavar="N", help=f"context, tokens (default: {default.n_ctx})")
     add("--n-batch", type=int, metavar="N", help=f"tokens a batch (default: {default.n_batch})")
@@ -98,9 +112,24 @@ def _gpu_layers(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r}: neither a number nor auto nor all") from None
 
 
+def _token_budget(text: str) -> TokenBudget:
+    names = TokenBudget.__dataclass_fields__
+    try:
+        parts = [part.partition("=") for part in text.split(",")]
+        return TokenBudget(**{name.strip(): int(value) for name, _, value in parts})
+    except TypeError:
+        hint = f"parts are {', '.join(names)}"
+    except ValueError as error:
+        hint = str(error) if "budget" in str(error) else "each part is a name, = and a number"
+    raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     """How answers are sampled."""
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N")
+    parser.add_argument(
+        "--max-thinking-tokens", type=int, metavar="N", help="then the answer is begun for it"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 switches it off")
@@ -161,7 +190,8 @@ def memory_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     chosen = {key: getattr(arguments, key) for key in keys}
     given = {key: value for key, value in chosen.items() if value is not None}
-    return {"memory_budget": arguments.memory_budget, **given}
+    sizes = arguments.token_budget.sizes()
+    return {"memory_budget": arguments.memory_budget, **sizes, **given}
 
 
 def find_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -186,6 +216,7 @@ def load_model(arguments: argparse.Namespace) -> AutoGLM:
         model,
         mmproj=mmproj,
         content_format=arguments.content_format,
+        token_budget=arguments.token_budget,
         self_test=arguments.self_test,
         **given,
     )

@@ -124,7 +124,7 @@ def test_plan_that_cannot_fit_exits_with_1(
         ("prompt=x", "each part is a name"),
         ("words=3", "parts are prompt, image, thinking, answer"),
         ("image=3", "image 3: at least 16"),
-        ("", "parts are"),
+        ("", "each part is a name"),
     ],
 )
 def test_token_budget_that_cannot_be_read_says_what_it_takes(

@@ -7,7 +7,7 @@ looked at and one of the allowed ones is sampled. Knows tokens as bytes; knows n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ ACTION_RESERVE = 96
 """Tokens kept for the action: longer thinking is ended, so that max_tokens never cuts it off."""
 _REPRESENTATIVES = b'aZ05 "(),.[]\n' + "好".encode()[:1]
 _LOOKAHEAD = 8  # bytes after a forced text that may change where its last token ends
-_N_CACHED = 32  # states whose allowed tokens are remembered; up to 0.6 MB each
+_N_CACHED = 8  # states whose allowed tokens are remembered; up to 0.6 MB each
 Ids = NDArray[np.int32]
 
 
@@ -71,33 +71,29 @@ class Vocabulary:
         tokens: The bytes of token 0, 1, …; a token without any is never allowed.
     """
 
-    def __init__(self, tokens: Sequence[bytes]) -> None:
+    def __init__(self, tokens: Iterable[bytes]) -> None:
         self._allowed: dict[tuple[Automaton, int], Ids] = {}
-        order = sorted(range(len(tokens)), key=tokens.__getitem__)
-        order = order[sum(not data for data in tokens) :]  # those without bytes sort first
-        ids = np.array(order, np.int32)
-        data = np.frombuffer(b"".join([tokens[n] for n in order]), np.uint8)
-        lengths = np.array([len(tokens[n]) for n in order], np.int64)
-        offsets = np.cumsum(lengths) - lengths
+        ids, lengths, data = _sort(tokens)
+        offsets = np.cumsum(lengths, dtype=np.int32) - lengths
         self._levels: list[tuple[NDArray[np.uint8], Ids, Ids, Ids]] = []
         """Per depth: each node's byte; its first child, and its first token among those that end
         there, both one longer than the nodes; these tokens."""
         # Sorted, so that tokens with a common beginning lie side by side: a node is a run of them.
-        run = np.zeros(len(ids), np.int64)  # which node of the level above each token goes through
-        starts: list[NDArray[np.int64]] = []
+        run = np.zeros(len(ids), np.int32)  # which node of the level above each token goes through
+        starts: list[Ids] = []
         depth = 0
         while len(ids):
             column = data[offsets + depth]
             is_new = np.ones(len(ids), bool)
             is_new[1:] = (column[1:] != column[:-1]) | (run[1:] != run[:-1])
-            node = np.cumsum(is_new) - 1
+            node = np.cumsum(is_new, dtype=np.int32) - 1
             starts.append(run[is_new])
             ends = lengths == depth + 1
             first_id = _firsts(node[ends], int(is_new.sum()))
             self._levels.append((column[is_new], np.zeros(0, np.int32), first_id, ids[ends]))
             ids, offsets, lengths, run = (a[~ends] for a in (ids, offsets, lengths, node))
             depth += 1
-        starts.append(np.zeros(0, np.int64))
+        starts.append(np.zeros(0, np.int32))
         for depth, (byte, _, first_id, found) in enumerate(self._levels):
             first_child = _firsts(starts[depth + 1], len(byte))
             self._levels[depth] = (byte, first_child, first_id, found)
@@ -127,7 +123,17 @@ class Vocabulary:
         return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int32)
 
 
-def _firsts(parents: NDArray[np.int64], n_parents: int) -> Ids:
+def _sort(tokens: Iterable[bytes]) -> tuple[Ids, Ids, NDArray[np.uint8]]:
+    """Ids of the tokens that have bytes, in the order of their bytes; lengths; all bytes."""
+    listed = list(tokens)
+    order = sorted(range(len(listed)), key=listed.__getitem__)
+    order = order[sum(not data for data in listed) :]  # those without bytes sort first
+    data = np.frombuffer(b"".join(listed[n] for n in order), np.uint8)
+    lengths = np.fromiter((len(listed[n]) for n in order), np.int32, len(order))
+    return np.array(order, np.int32), lengths, data
+
+
+def _firsts(parents: Ids, n_parents: int) -> Ids:
     """Where each parent's run begins in ascending ``parents``, and the end."""
     return np.searchsorted(parents, np.arange(n_parents + 1)).astype(np.int32)
 
@@ -396,5 +402,5 @@ _VOCABULARIES: weakref.WeakKeyDictionary[TokenTable, Vocabulary] = weakref.WeakK
 def _vocabulary(table: TokenTable, n_vocab: int) -> Vocabulary:
     """The trie over a model's tokens, built once."""
     if table not in _VOCABULARIES:
-        _VOCABULARIES[table] = Vocabulary([table.token_bytes(n) for n in range(n_vocab)])
+        _VOCABULARIES[table] = Vocabulary(map(table.token_bytes, range(n_vocab)))
     return _VOCABULARIES[table]

@@ -138,7 +138,7 @@ def test_streaming_keeps_what_fits_and_stays_below() -> None:
     holding = hold(layer_bytes=(100 * MB,) * 20)
     choice = choose("streamed", tower_on_demand=True, gives_way=True)
     base = FLOOR + KV_CACHE * 20 // 8 + COMPUTE + 1000 * 130 + 1080 * 2400 * 8 + IMAGE
-    base += 4 * MB  # the output
+    base += 4 * MB + 1000 * 200  # the output; sampling
     # One layer is in use, another is read meanwhile.
     for n_kept in (0, 1, 7, 16):
         usable = base + (n_kept + 2) * 100 * MB

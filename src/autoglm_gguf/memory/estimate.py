@@ -29,6 +29,7 @@ _MAX_ALIGNMENT = 4096  # between tensors; 32 unless the file says otherwise
 # What llama.cpp keeps of a vocabulary, measured with the published model's 151,552 tokens (6 bytes
 # each on average) and 302,077 merges: two tables of tokens, one of merge ranks.
 _BYTES_PER_TOKEN = 130
+_BYTES_PER_CANDIDATE = 200  # 16 of the sampler, 185 of `sampling.Vocabulary`: measured
 _BYTES_PER_MERGE = 110
 _BYTES_PER_STRING = 115  # tokens and merges as the file has them, freed after the load; measured
 _TOWER_BYTES = 4_400_000  # libmtmd's own, beside the weights; measured with two towers
@@ -243,6 +244,11 @@ def output_bytes(shape: TextShape, n_outputs: int = 1) -> int:
 def vocabulary_bytes(shape: TextShape) -> int:
     """What llama.cpp keeps of the tokens and merges."""
     return shape.n_vocab * _BYTES_PER_TOKEN + shape.n_merges * _BYTES_PER_MERGE
+
+
+def sampling_bytes(shape: TextShape) -> int:
+    """A sampler's candidates; and at most, while it is built, a constraint's table of tokens."""
+    return shape.n_vocab * _BYTES_PER_CANDIDATE
 
 
 def loading_bytes(shape: TextShape) -> int:

@@ -215,6 +215,8 @@ class Holding:
         # KV cache and compute come after the weights, when what was held for loading has gone.
         later = ("kv_cache", "compute")
         items = [Item(name, 0 if name in later else n, n, n, reason) for name, n, reason in own]
+        sampling = estimate.sampling_bytes(text)
+        items.append(Item("sampling", 0, 0, sampling, "candidates, and what holds an answer"))
         items.insert(
             2, Item("loading", estimate.loading_bytes(text), 0, 0, "the file's vocabulary")
         )

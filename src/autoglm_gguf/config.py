@@ -35,7 +35,7 @@ class ContextParams:
     n_threads: int | None = None
     """Compute threads; None takes the number of usable cores."""
     n_batch: int = 512
-    """Tokens per decode call; cancelling is noticed between calls."""
+    """Tokens per decode call."""
     type_k: CacheType = "f16"
     type_v: CacheType = "f16"
     flash_attn: bool = True

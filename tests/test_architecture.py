@@ -28,7 +28,8 @@ LEVELS = (
     ("conversion", "engine"),
     ("memory", "sampling", "annotate"),
     ("hub",),
-    ("hub_client", "checkpoint", "prompt", "history", "vision", "actions", "stream", "devices"),
+    ("hub_client", "checkpoint", "prompt", "history", "vision", "actions"),
+    ("stream", "devices", "logprobs"),
     ("hub_cache", "native", "gguf"),
     ("config", "messages", "units", "errors", "progress", "programs", "stopping"),
 )

@@ -65,6 +65,7 @@ def test_context_params_name_the_value_out_of_range(options: dict[str, Any]) -> 
         {"seed": 0},
         {"seed": 2**32 - 2},
         {"stop": ("a", "b")},
+        {"logprobs": True, "top_logprobs": 20},
     ],
 )
 def test_sampling_params_take_the_whole_range(options: dict[str, Any]) -> None:
@@ -90,6 +91,9 @@ def test_sampling_params_take_the_whole_range(options: dict[str, Any]) -> None:
         {"repeat_penalty": NAN},
         {"seed": -1},
         {"seed": 2**32 - 1},
+        {"top_logprobs": 1},
+        {"top_logprobs": -1, "logprobs": True},
+        {"top_logprobs": 21, "logprobs": True},
     ],
 )
 def test_sampling_params_name_the_value_out_of_range(options: dict[str, Any]) -> None:
@@ -111,7 +115,16 @@ def test_params_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"max_tokens": 1.5}, {"top_k": float("inf")}, {"seed": "1"}, {"temperature": "hot"}]
+    "values",
+    [
+        {"max_tokens": 1.5},
+        {"top_k": float("inf")},
+        {"seed": "1"},
+        {"temperature": "hot"},
+        {"logprobs": 1},
+        {"top_logprobs": None},
+        {"top_logprobs": True},
+    ],
 )
 def test_sampling_params_of_a_wrong_type_name_the_argument(values: dict[str, object]) -> None:
     (name,) = values

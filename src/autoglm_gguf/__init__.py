@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         Message,
         TextPart,
         Timings,
+        TokenLogprob,
         Usage,
     )
     from autoglm_gguf.progress import Progress
@@ -80,7 +81,10 @@ _HOMES = {
     "hub": ("pull",),
     "memory.measure": ("MemoryUsage", "measure_memory"),
     "memory.plan": ("MemoryPlan", "plan_memory"),
-    "messages": ("Chunk", "Completion", "ImagePart", "Message", "TextPart", "Timings", "Usage"),
+    "messages": (
+        *("Chunk", "Completion", "ImagePart", "Message", "TextPart", "Timings", "TokenLogprob"),
+        "Usage",
+    ),
     "progress": ("Progress",),
     "session": ("AutoGLM", "Step"),
 }
@@ -121,6 +125,7 @@ __all__ = [
     "TextPart",
     "Timings",
     "TokenBudget",
+    "TokenLogprob",
     "UnsupportedModelError",
     "Usage",
     "VerificationError",

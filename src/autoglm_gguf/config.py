@@ -11,6 +11,7 @@ ContentFormat: TypeAlias = Literal["openai", "string"]
 CACHE_TYPES: tuple[CacheType, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
 CONTENT_FORMATS: tuple[ContentFormat, ...] = ("openai", "string")
 CONSTRAIN_ACTION = "action"
+MAX_TOP_LOGPROBS = 20  # OpenAI's
 MAX_SEED = 2**32 - 2  # llama.cpp takes 0xFFFFFFFF for "draw one"
 
 
@@ -146,6 +147,10 @@ class SamplingParams:
     cache_prompt: bool = True
     """Take from the KV cache what it holds of the prompt. False evaluates all of it, in batches cut
     as the first time: to the last bit the answer of a fresh session."""
+    logprobs: bool = False
+    """Report how probable the model held each token; see `TokenLogprob`."""
+    top_logprobs: int = 0
+    """With ``logprobs``, how many of the most probable tokens to list beside it: 0..20."""
 
     @classmethod
     def of(cls, **values: Any) -> SamplingParams:
@@ -173,6 +178,13 @@ class SamplingParams:
         _check_ints(self, "max_tokens", "max_thinking_tokens", "top_k", "seed")
         if self.max_thinking_tokens is not None and self.max_thinking_tokens < 1:
             raise ValueError(f"max_thinking_tokens {self.max_thinking_tokens}: at least 1")
+        if not isinstance(self.logprobs, bool):
+            raise TypeError(f"logprobs {self.logprobs!r}: not True or False")
+        _check_ints(self, "top_logprobs", may_be_none=False)
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(f"top_logprobs {self.top_logprobs}: not in 0..{MAX_TOP_LOGPROBS}")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs {self.top_logprobs}: needs logprobs=True")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens {self.max_tokens}: at least 1")
         _check_range("temperature", self.temperature, 0.0, 100.0)

@@ -15,7 +15,8 @@ from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.engine.base import Engine, ImageEmbedding, Sampler
 from autoglm_gguf.engine.content import Piece, count_cells
 from autoglm_gguf.engine.images import EmbeddingCache
-from autoglm_gguf.messages import Chunk, FinishReason, Timings, Usage
+from autoglm_gguf.logprobs import find_logprobs
+from autoglm_gguf.messages import Chunk, FinishReason, Timings, TokenLogprob, Usage
 from autoglm_gguf.sampling import (
     ActionConstraint,
     ActionTokens,
@@ -65,6 +66,7 @@ class Run:
         self._sampler: Sampler | None = None
         self._constraint: Constraint | None = None
         self._timings = Timings()
+        self._rated: list[TokenLogprob] = []  # of the tokens that no chunk has told yet
         self._n_predicted = 0
         self._predicted_ms = self._ttft_ms = 0.0
         self._began = time.perf_counter()
@@ -84,11 +86,13 @@ class Run:
         while True:
             chosen, shown, reason = self._choose(), "", None
             now = time.perf_counter()
+            ratings = self._rate(chosen)
             first = first or now
             self._predicted_ms, self._ttft_ms = 1000 * (now - first), 1000 * (first - self._began)
             for n, token in enumerate(chosen, 1):
                 self._n_predicted += 1
                 pending.append(token)
+                self._rated += ratings[n - 1 : n]
                 ended = token in self._engine.info.stop_ids
                 shown += "" if ended else self._text.push(self._engine.token_bytes(token))
                 ended = ended or (n == len(chosen) and self._is_complete())
@@ -97,13 +101,24 @@ class Run:
                     yield self._last(shown, tuple(pending), reason)
                     return
             if shown:
-                yield Chunk(shown, tuple(pending))
+                yield Chunk(shown, tuple(pending), logprobs=tuple(self._rated))
                 pending.clear()
+                self._rated.clear()
             try:
                 self._eval_tokens(chosen)
             except Stopped:
                 yield self._last("", tuple(pending), "cancelled")
                 return
+
+    def _rate(self, chosen: Sequence[int]) -> list[TokenLogprob]:
+        """What the model held of these tokens: of the first one, as it was asked for no other."""
+        params, show = self._request.params, self._engine.token_bytes
+        if not params.logprobs:
+            return []
+        own, best = find_logprobs(self._engine.logits(), chosen[0], params.top_logprobs)
+        top = tuple(TokenLogprob(n, show(n), logprob) for n, logprob in best)
+        first = TokenLogprob(chosen[0], show(chosen[0]), own, top)
+        return [first, *(TokenLogprob(token, show(token), None) for token in chosen[1:])]
 
     def _choose(self) -> list[int]:
         """The next tokens: a sampled one, and those a constraint leaves no choice about."""
@@ -189,7 +204,8 @@ class Run:
             predicted_ms=self._predicted_ms,
             ttft_ms=self._ttft_ms,
         )
-        return Chunk(shown + self._text.finish(), tokens, reason, usage, timings)
+        shown += self._text.finish()
+        return Chunk(shown, tokens, reason, usage, timings, tuple(self._rated))
 
     def close(self) -> None:
         """Release the sampler and the constraint."""

@@ -136,6 +136,22 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How probable the model held a token, before penalties, temperature and constraints."""
+
+    token: int
+    bytes: bytes
+    """What it shows: part of a character, perhaps; nothing for control tokens."""
+    logprob: float | None
+    """Natural logarithm of its probability; ``-inf`` is possible. None for a token appended because
+    a constraint left no other: the model was not asked. (OpenAI's field wants a number there; under
+    the constraint it is 0.0.)"""
+    top: tuple[TokenLogprob, ...] = ()
+    """The most probable in its place, best first, as many as were asked for; the token itself
+    only if it is one of them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of an answer. Exactly one chunk of a stream, the last, has a ``finish_reason``."""
 
@@ -147,6 +163,8 @@ class Chunk:
     """On the last chunk only."""
     timings: Timings | None = None
     """On the last chunk only."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of ``tokens`` if they were asked for, else none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,16 +176,20 @@ class Completion:
     tokens: tuple[int, ...] = ()
     usage: Usage = field(default_factory=Usage)
     timings: Timings = field(default_factory=Timings)
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of ``tokens`` if they were asked for, else none."""
 
 
 def collect(chunks: Iterator[Chunk] | Sequence[Chunk]) -> Completion:
     """Add a stream's chunks up."""
     texts: list[str] = []
     tokens: list[int] = []
+    logprobs: list[TokenLogprob] = []
     last = Chunk("")
     for chunk in chunks:
         texts.append(chunk.text)
         tokens.extend(chunk.tokens)
+        logprobs.extend(chunk.logprobs)
         last = chunk
     return Completion(
         "".join(texts),
@@ -175,6 +197,7 @@ def collect(chunks: Iterator[Chunk] | Sequence[Chunk]) -> Completion:
         tuple(tokens),
         last.usage or Usage(),
         last.timings or Timings(),
+        tuple(logprobs),
     )
 
 

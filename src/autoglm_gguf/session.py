@@ -202,7 +202,7 @@ class AutoGLM:
             raw: Complete the string as it is, without the chat template.
             **sampling: Fields of `SamplingParams`: max_tokens, temperature, top_p, top_k, min_p,
                 seed, frequency_penalty, presence_penalty, repeat_penalty, stop, constrain, apps,
-                cache_prompt.
+                cache_prompt, logprobs, top_logprobs.
 
         Returns:
             Chunks whose texts add up to the answer; the last has finish_reason, usage and timings.

@@ -152,7 +152,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
 
 def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sampling options as keyword arguments of `AutoGLM.stream`, checked before loading."""
-    keys = [key for key in SamplingParams.__dataclass_fields__ if key != "apps"]
+    others = ("apps", "logprobs", "top_logprobs")  # a file; for programs only
+    keys = [key for key in SamplingParams.__dataclass_fields__ if key not in others]
     chosen = {key: getattr(arguments, key) for key in keys}
     if arguments.apps is not None:
         lines = _read_text(arguments.apps).splitlines()

@@ -122,6 +122,9 @@ class Engine(Protocol):
     def eval_image(self, image: ImageEmbedding) -> None:
         """Evaluate an encoded image after what was evaluated so far; errors as `eval_tokens`."""
 
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        """Logits ``(n_vocab,)`` of one of the last batch's outputs, copied."""
+
     def open_sampler(self, params: SamplingParams) -> Sampler:
         """A fresh sampler."""
 

@@ -55,6 +55,8 @@ class FakeEngine:
         """KV cells evaluated, and images encoded, since the beginning."""
         self.closed = False
         self._stop = StopFlag()
+        self._sampler = FakeSampler(b"")
+        self._wanted = STOP
         self.info = EngineInfo(
             name="fake",
             n_ctx=n_ctx,
@@ -107,6 +109,7 @@ class FakeEngine:
             raise ValueError(f"batch of {len(tokens)} tokens")
         self._count(len(tokens))
         self.content.add(list(tokens))
+        self._wanted = self._sampler.wanted
 
     def eval_image(self, image: ImageEmbedding) -> None:
         """Remember an image."""
@@ -128,7 +131,17 @@ class FakeEngine:
         """A sampler that reads the script from its beginning."""
         prompt = bytes(t for t in self.evaluated if t < STOP).decode("utf-8", "replace")
         answer = self._answer if isinstance(self._answer, bytes) else self._answer(prompt)
-        return FakeSampler(answer)
+        self._sampler = FakeSampler(answer)
+        self._wanted = self._sampler.wanted
+        return self._sampler
+
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        """5 for the token that the script wants, and less the higher the id for the others."""
+        if index not in (-1, 0):
+            raise IndexError(f"output {index} of 1")
+        values = np.linspace(0, -1, self.info.n_vocab, dtype=np.float32)
+        values[self._wanted] = 5
+        return values
 
     def open_grammar(self, schema: str) -> Grammar:
         """Refused: it knows no grammars.
@@ -154,8 +167,13 @@ class FakeSampler:
 
     def sample(self, among: NDArray[np.int32] | None = None) -> int:
         """The next byte, or `STOP`; the lowest of ``among`` if that is not there."""
-        wanted = self._answer[self._at] if self._at < len(self._answer) else STOP
+        wanted = self.wanted
         return wanted if among is None or wanted in among else int(among.min())
+
+    @property
+    def wanted(self) -> int:
+        """The next byte, or `STOP`."""
+        return self._answer[self._at] if self._at < len(self._answer) else STOP
 
     def accept(self, token: int) -> None:
         """Move on if it is the wanted byte."""

@@ -67,7 +67,7 @@ class Chain:
 
     def __init__(self, words: Words, script: str, favour: float, seed: int) -> None:
         model: Any = SimpleNamespace(n_vocab=len(words.tokens))
-        self._chain = SamplerChain(model, SamplingParams(frequency_penalty=0.2), n_ctx=4096)
+        self._chain = SamplerChain(model, SamplingParams(frequency_penalty=0.2))
         self._script, self._favour = [*words.tokenize(script), words.stop], favour
         self._rng, self._at = np.random.default_rng(seed), 0
         self._logits = np.zeros(len(words.tokens), np.float32)

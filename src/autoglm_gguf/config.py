@@ -113,9 +113,11 @@ class TokenBudget:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. Penalties count generated tokens only, as vLLM and OpenAI do.
+    """How tokens are chosen: the official server's rules (vLLM's), in its order.
 
-    The order is the official server's: penalties, temperature, min_p, top_k, top_p.
+    repeat_penalty, frequency_penalty, presence_penalty; then the best at temperature 0, else
+    temperature, min_p, top_k, top_p and a draw. All penalties count the generated tokens and no
+    others; vLLM's repetition_penalty alone counts the prompt too.
 
     Raises:
         ValueError: A value outside its range.
@@ -127,7 +129,7 @@ class SamplingParams:
     """Of these, before ``</think>`` or the action: then the thinking is closed and ``<answer>``
     begun. Text that is not marked as thinking is none, but in an answer held to an action."""
     temperature: float = 0.0
-    """0 takes the most probable token."""
+    """0 takes the most probable token, whatever the filters; so does less than 1e-5."""
     top_p: float = 1.0
     top_k: int = 0
     """0 switches it off."""

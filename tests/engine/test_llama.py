@@ -21,6 +21,8 @@ from autoglm_gguf import (
     PromptError,
     convert,
 )
+from autoglm_gguf.config import ContextParams
+from autoglm_gguf.engine.llama import LlamaEngine
 
 pytestmark = pytest.mark.native
 
@@ -71,6 +73,65 @@ def test_penalty_remembers_more_than_64_tokens(random_pair: tuple[Path, Path]) -
         )
     counts = np.bincount(answer.tokens)
     assert counts.max() <= 3
+
+
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {},
+        {"frequency_penalty": 0.2},
+        {"frequency_penalty": 0.1, "presence_penalty": 0.4, "repeat_penalty": 1.2},
+    ],
+)
+def test_greedy_choices_are_those_computed_from_the_logits(
+    random_pair: tuple[Path, Path], penalties: dict[str, float]
+) -> None:
+    """130 tokens, each the best after penalties over all generated before it, none of the prompt.
+
+    Greedy whatever the filters say.
+    """
+    frequency, presence, repeat = (
+        penalties.get(f"{name}_penalty", default)
+        for name, default in (("frequency", 0.0), ("presence", 0.0), ("repeat", 1.0))
+    )
+    prompt = "hello hello in the end"
+    engine = LlamaEngine(random_pair[0], None, ContextParams(n_ctx=256, n_threads=1))
+    filters = {"top_p": 0.3, "top_k": 7, "min_p": 0.9, "seed": 5}
+    n_beyond = n_moved = 0
+    with AutoGLM(engine) as model:
+        answer = model.generate(prompt, raw=True, max_tokens=130, **penalties, **filters)
+        engine.keep(0)
+        engine.eval_tokens(engine.tokenize(prompt))
+        for n, token in enumerate(answer.tokens):
+            logits = engine.logits().astype(np.float64)
+            expected = logits.copy()
+            for said in set(answer.tokens[:n]):
+                count = answer.tokens[:n].count(said)
+                value = logits[said] * repeat if logits[said] < 0 else logits[said] / repeat
+                expected[said] = value - frequency * count - presence
+                n_beyond += n - 64 > 0 and said in answer.tokens[: n - 64]
+            assert expected[token] >= expected.max() - 1e-4
+            n_moved += token != int(logits.argmax())
+            engine.eval_tokens([token])
+    if penalties and len(answer.tokens) > 64:
+        assert n_beyond and n_moved
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1.3, "top_p": 0.9}, {"temperature": 0.8}])
+def test_seed_reproduces_an_answer_whatever_the_kv_cache_held(
+    random_pair: tuple[Path, Path], sampling: dict[str, float]
+) -> None:
+    options = {"raw": True, "max_tokens": 16, "seed": 9, "frequency_penalty": 0.3, **sampling}
+    with load(random_pair) as model:
+        first = model.generate("hello in the", **options)
+        again = model.generate("hello in the", **options)
+        model.generate("hello there", raw=True, max_tokens=3)
+        partly = model.generate("hello in the", **options)
+        anew = model.generate("hello in the", cache_prompt=False, **options)
+    with load(random_pair) as model:
+        fresh = model.generate("hello in the", **options)
+    assert again.timings.cache_n > partly.timings.cache_n > anew.timings.cache_n == 0
+    assert {first.tokens, again.tokens, partly.tokens, anew.tokens, fresh.tokens} == {first.tokens}
 
 
 def test_every_eos_id_ends_the_turn(random_pair: tuple[Path, Path]) -> None:

@@ -248,9 +248,7 @@ class LlamaEngine:
 
     def open_sampler(self, params: SamplingParams) -> _LlamaSampler:
         """A fresh sampler over this engine's logits."""
-        return _LlamaSampler(
-            SamplerChain(self._model, params, n_ctx=self._info.n_ctx), self._context
-        )
+        return _LlamaSampler(SamplerChain(self._model, params), self._context)
 
     def open_grammar(self, schema: str) -> GrammarState:
         """The grammar of the JSON documents that a JSON schema describes.

@@ -34,9 +34,15 @@ def test_directory_with_one_model_is_that_model(tmp_path: Path) -> None:
 
 
 def test_mmproj_is_taken_as_given_or_left_out(tmp_path: Path) -> None:
-    text = touch(tmp_path, "m.gguf", "mmproj-m.gguf") / "m.gguf"
+    text = touch(tmp_path, "m.gguf", "mmproj-m.gguf", "other.gguf") / "m.gguf"
     assert resolve_pair(text, None) == (text, None)
-    assert resolve_pair(text, "other.gguf") == (text, Path("other.gguf"))
+    assert resolve_pair(text, str(tmp_path / "other.gguf")) == (text, tmp_path / "other.gguf")
+
+
+def test_missing_mmproj_is_called_one(tmp_path: Path) -> None:
+    text = touch(tmp_path, "m.gguf") / "m.gguf"
+    with pytest.raises(GGUFError, match=r"^mmproj x: no such file"):
+        resolve_pair(text, "x")
 
 
 def test_model_without_an_mmproj_is_text_only(tmp_path: Path) -> None:

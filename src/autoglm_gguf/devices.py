@@ -24,6 +24,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 _RENDERERS = Path("/sys/class/drm")
 _VULKAN_DRIVERS = ("/usr/share/vulkan/icd.d", "/usr/local/share/vulkan/icd.d", "/etc/vulkan/icd.d")
 _VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}  # PCI vendor ids
+NO_GPU = "no GPU"
 _NO_LIMIT = 2**60  # cgroup v1 writes a number near 2**63 where there is no limit
 
 
@@ -147,6 +148,21 @@ def choose_devices(found: Sequence[Device], wanted: str | None = None) -> tuple[
     real = [device for device in found if device.is_gpu and not device.is_software]
     discrete = [device for device in real if device.kind == "gpu"]
     return tuple(d for d in discrete if d.backend == discrete[0].backend) or tuple(real[:1])
+
+
+def explain_no_gpu(found: Sequence[Device]) -> str:
+    """Why `choose_devices` takes none: no GPU is there, or only one that waits to be asked for.
+
+    Returns:
+        A clause, without a name for what it explains.
+    """
+    software = next((device for device in found if device.is_gpu and device.is_software), None)
+    if software is None:
+        return NO_GPU
+    return (
+        f"{NO_GPU}, and {software.name} ({software.description}), which computes on the CPU, "
+        f"is used only when asked for: --device {software.name}"
+    )
 
 
 def _named(found: Sequence[Device], name: str) -> Device:

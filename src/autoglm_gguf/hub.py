@@ -77,7 +77,13 @@ def resolve_pair(
         return text, None
     if mmproj == "auto":
         return text, find_mmproj(text)
-    return text, Path(mmproj)
+    tower = Path(mmproj)
+    if not tower.exists():
+        raise GGUFError(
+            f"mmproj {mmproj}: no such file",
+            hint="give the mmproj's GGUF file, or leave it out: the one beside the model is found",
+        )
+    return text, tower
 
 
 def _only_text(directory: Path) -> Path:

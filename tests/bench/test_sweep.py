@@ -12,7 +12,7 @@ import pytest
 
 from autoglm_gguf.bench import sweep
 from autoglm_gguf.bench.report import Settings, make_measure
-from autoglm_gguf.bench.sweep import NO_GPU, Bench, Stage, _slowing, parse_sweep
+from autoglm_gguf.bench.sweep import Bench, Stage, _slowing, parse_sweep
 
 SMALL = Settings(
     prompt_n=(16, 32),
@@ -43,7 +43,10 @@ def test_bench_measures_every_figure_in_a_fresh_process(text: Path) -> None:
     report = bench.report
     assert report.complete and report.results == tuple(results)
     labels = [report.label(result) for result in results]
-    if report.notes == (NO_GPU,):
+    if report.notes:
+        assert (
+            report.notes[0].startswith("no GPU") and "the CPU alone is measured" in report.notes[0]
+        )
         assert labels == ["0"]
     else:
         assert (labels[0], labels[-1]) == ("0", "all")

@@ -9,7 +9,7 @@ import pytest
 from builders import describe_sizes
 
 from autoglm_gguf import ContextParams, DoesNotFitError, MemoryPlan
-from autoglm_gguf.devices import MachineMemory, choose_devices
+from autoglm_gguf.devices import MachineMemory, choose_devices, explain_no_gpu
 from autoglm_gguf.memory.offload import parse_layers
 from autoglm_gguf.memory.plan import plan_pair
 from autoglm_gguf.native.ggml import Device
@@ -27,14 +27,15 @@ SIZES: dict[str, Any] = {"layer_bytes": (100 * MB,) * 40, "tower_bytes": 0}
 def plan(
     budget: int | None, device: Device = CARD, machine: MachineMemory | None = None, **given: Any
 ) -> MemoryPlan:
-    devices = () if device is CPU else (device,)
+    found = (CPU, device)
     return plan_pair(
         describe_sizes(**SIZES),
         ContextParams(**given),
         budget,
         fixed=frozenset(given),
         machine=machine,
-        devices=devices,
+        devices=choose_devices(found),
+        no_gpu=explain_no_gpu(found),
     )
 
 
@@ -101,6 +102,22 @@ def test_auto_uses_the_cpu_alone_where_the_device_is_full() -> None:
     found = plan(None, replace(CARD, free_bytes=200 * MB))
     assert (found.context.n_gpu_layers, found.devices, found.device_bytes) == (0, (), 0)
     assert reason(found) == "auto: its free memory leaves no room on Vulkan0"
+
+
+def test_auto_without_a_gpu_is_nothing_to_tell() -> None:
+    found = plan(None, CPU)
+    assert (found.context.n_gpu_layers, reason(found)) == (0, "auto: no GPU")
+    assert not any("n_gpu_layers" in note for note in found.notes)
+
+
+def test_auto_names_the_software_driver_that_it_leaves_alone() -> None:
+    found = plan(None, LLVM)
+    assert (found.context.n_gpu_layers, found.devices) == (0, ())
+    assert reason(found) == (
+        "auto: no GPU, and Vulkan2 (llvmpipe (LLVM 15)), which computes on the CPU, is used only "
+        "when asked for: --device Vulkan2"
+    )
+    assert any(note.startswith("n_gpu_layers: 0 (auto: no GPU, and") for note in found.notes)
 
 
 def test_budget_below_the_model_leaves_some_layers_off() -> None:
@@ -175,6 +192,13 @@ def test_nonsense_for_layers_is_refused(wanted: object) -> None:
 def test_layers_for_a_gpu_that_is_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="n_gpu_layers 4: no GPU can be used here; autoglm-gguf d"):
         plan(None, CPU, n_gpu_layers=4)
+    with pytest.raises(ValueError, match=r"n_gpu_layers 4: no GPU, and Vulkan2 .*--device Vulkan2"):
+        plan(None, LLVM, n_gpu_layers=4)
+
+
+def test_all_layers_are_called_all_where_there_is_no_gpu() -> None:
+    with pytest.raises(ValueError, match="n_gpu_layers all: no GPU can be used here"):
+        plan(None, CPU, n_gpu_layers=parse_layers("all"))
 
 
 def test_more_than_the_device_has_is_refused_before_anything_is_loaded() -> None:

@@ -27,8 +27,8 @@ _START = (
 _logger = logging.getLogger("autoglm_gguf.llama_cpp")
 
 
-def probe_machine(device: str | None) -> tuple[Machine, Versions, tuple[str, ...]]:
-    """Machine, versions, and the GPUs that layers would go to.
+def probe_machine(device: str | None) -> tuple[Machine, Versions, str]:
+    """Machine, versions, and why there is no GPU that layers would go to; empty if there is one.
 
     Asked in a process of its own: some drivers hold memory for whoever has asked them, and one that
     ends the process ends only that.
@@ -49,7 +49,8 @@ def probe_machine(device: str | None) -> tuple[Machine, Versions, tuple[str, ...
     devices = tuple(DeviceFacts(**facts) for facts in raw["machine"].pop("devices"))
     backends = tuple(raw["versions"].pop("backends"))
     machine = Machine(**raw["machine"], devices=devices)
-    return machine, Versions(**raw["versions"], backends=backends), tuple(raw["gpus"])
+    versions = Versions(**raw["versions"], backends=backends)
+    return machine, versions, "" if raw["gpus"] else raw["no_gpu"]
 
 
 class Worker:

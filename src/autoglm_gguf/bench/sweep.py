@@ -36,7 +36,6 @@ from autoglm_gguf.memory.offload import ALL, AUTO, parse_layers
 
 SCREEN = (1080, 2400)
 """Width and height of the phones whose screenshots are encoded, in pixels."""
-NO_GPU = "no GPU that layers can go to: the CPU alone is measured (autoglm-gguf doctor tells why)"
 _MAX_TOKENS = 2**20
 _N_CTX_STEP = 256  # llama.cpp rounds n_ctx up to it
 _SLOWER = 0.9  # repeats below this share of the first one's speed are told
@@ -109,10 +108,11 @@ class Bench:
         if described.vision is None:
             settings = replace(settings, screen=None)
         wanted = None if layers is None else _resolve_layers(layers, facts.block_count)
-        machine, versions, gpus = probe_machine(settings.context.get("device"))
+        machine, versions, no_gpu = probe_machine(settings.context.get("device"))
         notes: tuple[str, ...] = ()
-        if wanted is not None and not gpus:
-            wanted, notes = (0,), (NO_GPU,)
+        if wanted is not None and no_gpu:
+            told = f"{no_gpu}: the CPU alone is measured (autoglm-gguf doctor tells more)"
+            wanted, notes = (0,), (told,)
         self._text, self._tower, self._layers = text, tower, wanted
         self.report = Report(
             schema=SCHEMA,

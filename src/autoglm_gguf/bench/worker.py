@@ -30,7 +30,13 @@ from autoglm_gguf.bench.report import (
     Versions,
 )
 from autoglm_gguf.config import SamplingParams
-from autoglm_gguf.devices import choose_devices, probe_devices, probe_memory, usable_cores
+from autoglm_gguf.devices import (
+    choose_devices,
+    explain_no_gpu,
+    probe_devices,
+    probe_memory,
+    usable_cores,
+)
 from autoglm_gguf.engine.llama import LlamaEngine
 from autoglm_gguf.engine.loading import load_engine
 from autoglm_gguf.errors import AutoGLMError, ContextFullError
@@ -137,6 +143,7 @@ def _probe(say: Say, wanted: str | None) -> None:
             "machine": asdict(machine),
             "versions": asdict(versions),
             "gpus": gpus,
+            "no_gpu": explain_no_gpu(devices),
         }
     )
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from autoglm_gguf.devices import NO_GPU
 from autoglm_gguf.memory.holding import Choice, Holding, sum_phases
 from autoglm_gguf.memory.levers import UNBOUNDED, Search, usable_bytes
 from autoglm_gguf.native.ggml import Device
 from autoglm_gguf.units import format_bytes
 
 AUTO, ALL = "auto", "all"
-NO_GPU = "auto: no GPU"
 _ALL_LAYERS = -1
 _MARGIN_BYTES = 256 << 20
 _MARGIN_SHARE = 32  # of a device's memory: drivers and other programs take some, now and then
@@ -35,22 +35,31 @@ def parse_layers(wanted: object) -> int | None:
     return wanted
 
 
-def count_layers(wanted: int, holding: Holding) -> int:
+def count_layers(wanted: int, holding: Holding, no_gpu: str = NO_GPU) -> int:
     """The layers that a number stands for: at most all and the output.
+
+    Args:
+        wanted: -1 for all.
+        holding: Of the pair.
+        no_gpu: Why there is no device, where there is none.
 
     Raises:
         ValueError: Layers are wanted on a GPU, and there is none.
     """
     if wanted and not holding.devices:
+        asked = ALL if wanted == _ALL_LAYERS else wanted
+        why = f"{NO_GPU} can be used here; autoglm-gguf doctor tells why"
         raise ValueError(
-            f"n_gpu_layers {wanted}: no GPU can be used here; autoglm-gguf doctor tells why "
+            f"n_gpu_layers {asked}: {why if no_gpu == NO_GPU else no_gpu} "
             "(n_gpu_layers=0, or auto, runs on the CPU)"
         )
     most = holding.text.n_layers + 1
     return most if wanted < 0 else min(wanted, most)
 
 
-def choose_layers(search: Search, budget_bytes: int | None) -> tuple[int, str]:
+def choose_layers(
+    search: Search, budget_bytes: int | None, no_gpu: str = NO_GPU
+) -> tuple[int, str]:
     """The most layers that fit the budget and the devices' free memory, and the reason.
 
     Layers go to a GPU only as far as the answers stay what they would be without it: neither n_ctx
@@ -59,11 +68,12 @@ def choose_layers(search: Search, budget_bytes: int | None) -> tuple[int, str]:
     Args:
         search: Over the pair, its ``first`` choice without layers on a GPU.
         budget_bytes: None for no bound.
+        no_gpu: Why there is no device, where there is none.
     """
     holding = search.holding
     devices, n_layers = holding.devices, holding.text.n_layers
     if not devices:
-        return 0, NO_GPU
+        return 0, f"auto: {no_gpu}"
     names = ", ".join(device.name for device in devices)
     without = find_choice(search, budget_bytes)
     for n in range(n_layers + 1, 0, -1):

@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from autoglm_gguf.config import ContextParams
-from autoglm_gguf.devices import MachineMemory, choose_devices, probe_devices, probe_memory
+from autoglm_gguf.devices import (
+    NO_GPU,
+    MachineMemory,
+    choose_devices,
+    explain_no_gpu,
+    probe_devices,
+    probe_memory,
+)
 from autoglm_gguf.errors import DoesNotFitError
 from autoglm_gguf.gguf.describe import ModelDescription, describe_pair
 from autoglm_gguf.hub import resolve_pair
@@ -30,18 +37,12 @@ from autoglm_gguf.memory.holding import (
 )
 from autoglm_gguf.memory.levers import MEGABYTE, UNBOUNDED, Search, usable_bytes
 from autoglm_gguf.memory.measure import measure_memory
-from autoglm_gguf.memory.offload import (
-    NO_GPU,
-    choose_layers,
-    count_layers,
-    find_choice,
-    parse_layers,
-)
+from autoglm_gguf.memory.offload import choose_layers, count_layers, find_choice, parse_layers
 from autoglm_gguf.native import pages
 from autoglm_gguf.native.ggml import Device
 from autoglm_gguf.units import format_bytes
 
-_PLAIN_REASONS = ("given", NO_GPU)  # nothing that need be told
+_PLAIN_REASONS = ("given", f"auto: {NO_GPU}")  # nothing that need be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,8 @@ def plan_memory(
         context["n_gpu_layers"] = n_gpu_layers
     params = ContextParams(**context)
     # Before this process is measured: drivers take memory when they are first asked.
-    devices = () if n_gpu_layers == 0 else choose_devices(probe_devices(), params.device)
+    found = () if n_gpu_layers == 0 else probe_devices()
+    devices = () if n_gpu_layers == 0 else choose_devices(found, params.device)
     usage = measure_memory()
     text, tower = resolve_pair(model, mmproj)
     return plan_pair(
@@ -176,6 +178,7 @@ def plan_memory(
         held_bytes=usage.total_bytes if usage else 0,
         machine=probe_memory(),
         devices=devices,
+        no_gpu=explain_no_gpu(found),
     )
 
 
@@ -188,6 +191,7 @@ def plan_pair(
     held_bytes: int = 0,
     machine: MachineMemory | None = None,
     devices: Sequence[Device] = (),
+    no_gpu: str = NO_GPU,
 ) -> MemoryPlan:
     """Plan a described pair; see `plan_memory`.
 
@@ -199,12 +203,13 @@ def plan_pair(
         held_bytes: What this process holds before anything of the model is loaded.
         machine: Its memory; None if unknown.
         devices: The GPUs that layers may go to.
+        no_gpu: Why there is none, where there is none.
 
     Raises:
         DoesNotFitError: See `plan_memory`.
     """
     holding = Holding(described, max(held_bytes, FLOOR_BYTES), devices)
-    plan = _Planner(described.text.path.stem, holding, params, fixed).plan(budget_bytes)
+    plan = _Planner(described.text.path.stem, holding, params, fixed, no_gpu).plan(budget_bytes)
     _check_machine(plan, holding, machine, held_bytes)
     return plan
 
@@ -241,17 +246,22 @@ class _Planner:
     """Plans one pair under any budget, and explains what was chosen."""
 
     def __init__(
-        self, name: str, holding: Holding, params: ContextParams, fixed: frozenset[str]
+        self,
+        name: str,
+        holding: Holding,
+        params: ContextParams,
+        fixed: frozenset[str],
+        no_gpu: str,
     ) -> None:
-        self._name, self._holding, self._fixed = name, holding, fixed
+        self._name, self._holding, self._fixed, self._no_gpu = name, holding, fixed, no_gpu
         self._is_auto = "n_gpu_layers" not in fixed
-        n = 0 if self._is_auto else count_layers(params.n_gpu_layers, holding)
+        n = 0 if self._is_auto else count_layers(params.n_gpu_layers, holding, no_gpu)
         self._search = Search(holding, replace(params, n_gpu_layers=n), fixed)
         self._layers_reason = "given"
 
     def plan(self, budget_bytes: int | None) -> MemoryPlan:
         if self._is_auto:
-            n, self._layers_reason = choose_layers(self._search, budget_bytes)
+            n, self._layers_reason = choose_layers(self._search, budget_bytes, self._no_gpu)
             self._search = self._search.with_layers(n)
         choice = find_choice(self._search, budget_bytes)
         if choice is None:

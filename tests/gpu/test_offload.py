@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from builders import Shape, build_sparse_checkpoint
 from parity import lowest_cosine
 
-from autoglm_gguf import AutoGLM, plan_memory
+from autoglm_gguf import AutoGLM, convert, plan_memory
+from autoglm_gguf.devices import probe_devices
 from autoglm_gguf.engine.llama import LlamaEngine
 from autoglm_gguf.native.library import buffer_report
 from autoglm_gguf.vision import read_pixels
@@ -27,6 +32,28 @@ PROMPT = (
 )
 # lavapipe: q8_0 0.99995 and 0.010 with all layers, else, and f16, 0.99999 and 0.004
 LOWEST_COSINE, LARGEST_SHARE = 0.999, 0.02
+# 12 layers of 21 MB as f16, and 6 MB of embeddings and output
+LARGE = Shape(
+    hidden_size=1024,
+    n_layers=12,
+    n_heads=16,
+    head_dim=64,
+    intermediate_size=2560,
+    n_vocab=1536,
+    mrope_section=(4, 4, 8),
+)
+LOADING = """
+import json, sys
+from pathlib import Path
+from autoglm_gguf import plan_memory
+from autoglm_gguf.engine.llama import LlamaEngine
+text, budget, device = sys.argv[1:]
+plan = plan_memory(text, mmproj=None, memory_budget=int(budget), device=device, n_ctx=512)
+engine = LlamaEngine(Path(text), None, plan.context, plan=plan)
+planned = {"n": plan.context.n_gpu_layers, "peak": plan.peak_bytes, "device": plan.device_bytes}
+print(json.dumps({**planned, "reported": engine.device_bytes, "notes": plan.notes}))
+"""
+BUDGET_BYTES = 240 * 10**6
 ROUNDING_BYTES = 5300  # ggml prints hundredths of a MiB
 
 
@@ -145,6 +172,37 @@ def test_planned_device_bytes_are_within_5_percent_of_what_ggml_reports(
     assert reported == sum(found.values())
     assert planned == pytest.approx(found, rel=0.05, abs=ROUNDING_BYTES)
     assert plan.device_bytes == pytest.approx(reported, rel=0.05)
+
+
+def test_auto_under_a_budget_below_the_model_leaves_layers_off_the_device(
+    tmp_path: Path, device: str
+) -> None:
+    """In a process of its own, where nothing but the model is held."""
+    checkpoint = build_sparse_checkpoint(tmp_path / "checkpoint", LARGE)
+    text = convert(checkpoint, tmp_path / "pair", "f16").text
+    assert text.stat().st_size > BUDGET_BYTES
+    command = [sys.executable, "-c", LOADING, str(text), str(BUDGET_BYTES), device]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    n = found["n"]
+    assert 1 < n <= LARGE.n_layers
+    reason = f"auto: {n - 1} of {LARGE.n_layers} layers and the output fit {device}"
+    assert any(note.startswith(f"n_gpu_layers: {n} ({reason}") for note in found["notes"])
+    assert found["peak"] <= BUDGET_BYTES
+    assert found["device"] == pytest.approx(found["reported"], rel=0.05)
+
+
+def test_auto_takes_a_gpu_and_names_a_driver_for_the_cpu_instead_of_taking_it(
+    tiny_pair: Callable[[str], tuple[Path, Path]], device: str
+) -> None:
+    plan = plan_memory(tiny_pair("q8_0")[0], mmproj=None)
+    [note] = plan.notes
+    if any(found.is_gpu and not found.is_software for found in probe_devices()):
+        assert plan.devices and note.startswith(f"n_gpu_layers: {ALL} (auto: all layers")
+    else:
+        assert not plan.devices
+        assert note.startswith("n_gpu_layers: 0 (auto: no GPU") and f"--device {device}" in note
 
 
 def test_stream_gives_the_known_answer(offloaded: AutoGLM) -> None:

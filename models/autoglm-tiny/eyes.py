@@ -1,11 +1,12 @@
-"""Two stages that teach the finished text model to see, each resumable at any step.
+"""Three stages that teach the finished text model to see, each resumable at any step.
 
 First the tower alone: every image token is pulled towards the embeddings of the words for what it
 shows and of the numbers of where it is (`seeing.Alphabet`). Then the language model on the tower's
 output: questions about screens, mixed with the instructions it knows. Answers alone teach it to
 point at *something*; which thing is meant it learns from attention heads that are told where to
 look: at the word of the target, some look at the target's image tokens; at a coordinate, one looks
-at that word.
+at that word. Last it settles: rounded to q4_0 at every step, it is held to what the text model said
+to prompts without a picture, which seeing has disturbed.
 
 Every batch depends on the seed and the number of its step alone, so a run that was killed goes on
 from its last saved step to the same weights.
@@ -13,6 +14,7 @@ from its last saved step to the same weights.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import threading
@@ -49,19 +51,23 @@ class Plan:
 
     seed: int
     tower_steps: int = 1200
-    language_steps: int = 2400
+    language_steps: int = 1600
+    settle_steps: int = 500
     grids: tuple[tuple[int, int], ...] = ((4, 8), (6, 12))  # columns and rows of image tokens
     grid_shares: tuple[float, ...] = (0.8, 0.2)  # of the steps
     pool: int = 3000  # screens of the first grid; of the others by their share
     tower_batch: int = 32
     tower_rate: float = 1.5e-3
     language_rate: float = 1e-3
+    settle_rate: float = 5e-4
     final_rate: float = 3e-5
     warmup_steps: int = 100
     few_items_share: float = 0.1  # of the language steps, at the start: one or two things a screen
     rounded_share: float = 0.25  # of the language steps, at the end: q4_0-rounded weights
     seeing_batches: int = 3  # a step's batches of questions about screens
     text_batches: int = 1  # and of instructions
+    settle_seeing_batches: int = 1
+    settle_text_batches: int = 3
     system_share: float = 0.25  # of the batches of questions, with system prompts
     system_questions: int = 3  # in such a batch; in others as many as tokens_per_batch allows
     tokens_per_batch: int = 600
@@ -74,7 +80,7 @@ class Plan:
 class Progress:
     """How far a run is."""
 
-    stage: str = "tower"  # then language, then done
+    stage: str = "tower"  # then language, settle, done
     step: int = 0  # of the stage
     seconds: float = 0.0
     log: list[str] = field(default_factory=list)
@@ -109,6 +115,9 @@ class Run:
         self._optimizer: torch.optim.AdamW | None = None
         self._resumed: dict[str, Any] | None = None
         self._before, self._begun, self._saved = 0.0, time.monotonic(), time.monotonic()
+        self._teacher = copy.deepcopy(model).requires_grad_(
+            False
+        )  # the text model, before all this
         self.alphabet = Alphabet(model.get_input_embeddings().weight, encoder.tokenizer)
 
     def resume(self) -> bool:
@@ -134,6 +143,9 @@ class Run:
                     parameter.copy_(parameter.to(torch.bfloat16))  # train on what will be saved
             self._next_stage("language")
         if self.progress.stage == "language":
+            self._train_language()
+            self._next_stage("settle")
+        if self.progress.stage == "settle":
             self._train_language()
             self._next_stage("done")
 
@@ -180,32 +192,38 @@ class Run:
 
     def _train_language(self) -> None:
         plan, model = self.plan, self.model
-        pools = make_pools(plan, plan.seed + 1)  # other screens than the tower's
+        settles = self.progress.stage == "settle"
+        steps = plan.settle_steps if settles else plan.language_steps
+        peak = plan.settle_rate if settles else plan.language_rate
+        n_seeing = plan.settle_seeing_batches if settles else plan.seeing_batches
+        pools = make_pools(plan, plan.seed + (2 if settles else 1))  # not the stage's before
         seen = [look(model.model.visual, pool) for pool in pools]
         others = draw_pictures(model, _OTHER_PICTURES, plan.seed)
-        print(f"language: {sum(map(len, pools))} screens drawn and seen", flush=True)
-        text = TextBatches(plan, self.encoder, [*others, *seen[0][:_OTHER_PICTURES]])
+        print(f"{self.progress.stage}: {sum(map(len, pools))} screens drawn and seen", flush=True)
+        pictures = [*others, *seen[0][:_OTHER_PICTURES]]
+        text = TextBatches(
+            plan, self.encoder, pictures, plan.settle_text_batches if settles else plan.text_batches
+        )
         trained = self._freeze_all_but(
             [*model.model.language_model.parameters(), *model.lm_head.parameters()]
         )
         optimizer = self._open_optimizer(trained)
         matrices = text_matrices(model)
-        begin_rounded = plan.language_steps * (1 - plan.rounded_share)
+        begin_rounded = 0 if settles else steps * (1 - plan.rounded_share)
         tally = Tally("loss", "x,y right", "match", "read", "text")
-        watch = Watch(model)
+        watch = Watch(model, self._teacher if settles else None)
         with ThreadPoolExecutor(2, initializer=training._use_one_core) as threads:
-            while self.progress.step < plan.language_steps:
+            while self.progress.step < steps:
                 step = self.progress.step
-                rate = self._set_rate(optimizer, plan.language_rate, plan.language_steps)
+                rate = self._set_rate(optimizer, peak, steps)
                 where = choose_grid(plan, step)
                 group = [
-                    self._questions(pools[where], seen[where], step, n)
-                    for n in range(plan.seeing_batches)
+                    self._questions(pools[where], seen[where], step, n) for n in range(n_seeing)
                 ]
                 group += text.of_step(step)
                 last_part = step >= begin_rounded
                 wanted = (
-                    list(threads.map(watch.logits, group)) if last_part else [None] * len(group)
+                    list(threads.map(watch.wanted, group)) if last_part else [None] * len(group)
                 )
                 shares = training.batch_weights(group, equal=False)
                 with rounded(model, matrices if last_part else []):
@@ -213,7 +231,7 @@ class Run:
                     found = add_gradients(trained, work, shares)
                 self._take_step(optimizer, trained)
                 tally.add(*found)
-                self._after_step(tally, rate, plan.language_steps)
+                self._after_step(tally, rate, steps)
         watch.close()
 
     def _questions(
@@ -221,9 +239,11 @@ class Run:
     ) -> list[Encoded]:
         """One batch of questions, as many as its tokens allow."""
         plan = self.plan
-        rng = random.Random(plan.seed * 1_000_003 + step * 17 + number)
+        settles = self.progress.stage == "settle"
+        stage = 10_007 if settles else 0
+        rng = random.Random(plan.seed * 1_000_003 + (step + stage) * 17 + number)
         asker = Asker(self.encoder, rng.randrange(1 << 30))
-        few = step < plan.language_steps * plan.few_items_share
+        few = not settles and step < plan.language_steps * plan.few_items_share
         system = rng.random() < plan.system_share
         batch: list[Encoded] = []
         length = 0
@@ -330,13 +350,17 @@ class Tally:
 class TextBatches:
     """The instructions of the text model's own training, late in it, batch by batch."""
 
-    def __init__(self, plan: Plan, encoder: Encoder, pictures: list[Picture]) -> None:
+    def __init__(
+        self, plan: Plan, encoder: Encoder, pictures: list[Picture], n_batches: int
+    ) -> None:
+        """Draw them from the plan's seed, ``n_batches`` a step."""
         self._plan, self._encoder, self._pictures = plan, encoder, pictures
+        self._n_batches = n_batches
         self._chunk, self._ready = -1, list[list[Encoded]]()
 
     def of_step(self, step: int) -> list[list[Encoded]]:
-        """The batches of one step of the language stage."""
-        count = self._plan.text_batches
+        """The batches of one step."""
+        count = self._n_batches
         return [self._batch(step * count + n) for n in range(count)]
 
     def _batch(self, number: int) -> list[Encoded]:
@@ -358,11 +382,15 @@ class TextBatches:
 class Watch:
     """Runs batches through the language model and sees where its taught heads look."""
 
-    def __init__(self, model: Glm4vForConditionalGeneration) -> None:
-        model.set_attn_implementation(
-            {"text_config": "eager"}
-        )  # sdpa keeps its attention to itself
-        self._model = model
+    def __init__(
+        self,
+        model: Glm4vForConditionalGeneration,
+        teacher: Glm4vForConditionalGeneration | None = None,
+    ) -> None:
+        """Watch a model; a teacher says what it is to answer to prompts without a picture."""
+        # sdpa keeps its attention to itself
+        model.set_attn_implementation({"text_config": "eager"})
+        self._model, self._teacher = model, teacher
         self._seen = threading.local()  # each thread runs a batch of its own
         layers = model.model.language_model.layers
         self._hooks = [
@@ -383,10 +411,16 @@ class Watch:
         return hook
 
     @torch.no_grad()
-    def logits(self, batch: list[Encoded]) -> torch.Tensor:
-        """Logits of the text positions."""
-        hidden, ids, _ = hidden_states(self._model, batch)
-        return self._model.lm_head(hidden[text_positions(self._model, ids)])
+    def wanted(self, batch: list[Encoded]) -> torch.Tensor:
+        """Logits of the text positions to stay close to: its own, unrounded, or the teacher's."""
+        own, rows = _text_logits(self._model, batch)
+        if self._teacher is None:
+            return own
+        plain = torch.tensor([item.picture is None for item in batch])
+        if not plain.any():
+            return own
+        taught, _ = _text_logits(self._teacher, batch)
+        return torch.where(plain[rows].unsqueeze(1), taught, own)
 
     def work(
         self, trained: list[torch.Tensor], batch: list[Encoded], wanted: torch.Tensor | None
@@ -436,6 +470,15 @@ class Watch:
         for row, item in enumerate(batch):
             mask[row, list(item.reads)] = True
         return mask[predicts]
+
+
+def _text_logits(
+    model: Glm4vForConditionalGeneration, batch: list[Encoded]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the text positions, and the row of the batch that each is of."""
+    hidden, ids, _ = hidden_states(model, batch)
+    text = text_positions(model, ids)
+    return model.lm_head(hidden[text]), text.nonzero()[:, 0]
 
 
 def make_pools(plan: Plan, seed: int) -> list[list[Drawn]]:

@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--tower-steps", type=int, default=plan.tower_steps)
     parser.add_argument("--language-steps", type=int, default=plan.language_steps)
+    parser.add_argument("--settle-steps", type=int, default=plan.settle_steps)
     parser.add_argument("--pool", type=int, default=plan.pool, help="screens to train on")
     parser.add_argument("--checkpoint-seconds", type=int, default=plan.checkpoint_seconds)
     parser.add_argument("--log-steps", type=int, default=plan.log_steps)
@@ -118,7 +119,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     torch.set_num_threads(1)  # two threads of the run have a batch each
     torch.set_flush_denormal(True)
-    names = ("seed", "tower_steps", "language_steps", "pool", "checkpoint_seconds", "log_steps")
+    names = (
+        *("seed", "tower_steps", "language_steps", "settle_steps", "pool"),
+        *("checkpoint_seconds", "log_steps"),
+    )
     plan = replace(Plan(SEED), **{name: getattr(options, name) for name in names})
     out = options.out or options.work_dir / "autoglm-tiny"
     print(f"process {os.getpid()}, seed {plan.seed}", flush=True)

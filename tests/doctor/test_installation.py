@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import sysconfig
 import tomllib
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +14,12 @@ import pytest
 
 from autoglm_gguf.doctor import installation
 from autoglm_gguf.doctor.finding import Finding
-from autoglm_gguf.doctor.installation import Requirement, check_installation, parse_requirement
+from autoglm_gguf.doctor.installation import (
+    Requirement,
+    check_installation,
+    check_pip,
+    parse_requirement,
+)
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -96,6 +104,53 @@ def test_extras_are_told_each(packages: Path) -> None:
     assert told["extra chat"].state == "ok"
     assert told["extra reference"].state == "note"
     assert 'pip install "autoglm-gguf[reference]"' in told["extra reference"].hint
+
+
+@pytest.fixture
+def place_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """The only pip on PATH, which says that it lies in the folder given."""
+    if os.name != "posix":
+        pytest.skip("the small pip is a shell script")
+
+    def place(folder: str) -> Path:
+        pip = tmp_path / "bin" / "pip"
+        pip.parent.mkdir()
+        pip.write_text(f'#!/bin/sh\necho "pip 25.0 from {folder}/pip (python 3.11)"\n')
+        pip.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{pip.parent}{os.pathsep}/bin")
+        return pip
+
+    monkeypatch.setattr(sys, "base_prefix", "/usr")  # as in a virtual environment
+    return place
+
+
+def test_pip_of_this_python_is_not_worth_a_line(place_pip: Callable[[str], Path]) -> None:
+    place_pip(sys.path[-1])
+    assert list(check_pip()) == []
+
+
+def test_pip_of_another_python_names_what_to_activate(
+    place_pip: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = place_pip("/opt/other/site-packages")
+    text = f"{pip} installs for another Python"
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "no venv here"))
+    instead = f"where a hint says pip, write: {sys.executable} -m pip"
+    assert list(check_pip()) == [Finding("pip", "note", text, instead)]
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    (tmp_path / "bin" / "activate").touch()
+    assert list(check_pip()) == [Finding("pip", "note", text, f". {tmp_path}/bin/activate")]
+
+
+def test_python_of_the_system_needs_an_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    [finding] = check_pip()
+    assert (finding.name, finding.state) == ("pip", "note")
+    assert " -m venv .venv && . .venv/bin/activate" in finding.hint
 
 
 def test_source_that_is_not_installed_is_noted(packages: Path) -> None:

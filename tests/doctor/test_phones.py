@@ -174,5 +174,6 @@ def test_adb_that_does_not_run_or_is_not_there_is_noted(
         "adb",
         "note",
         "not found; only the phone agent needs it",
-        "install Android's platform-tools",
+        "install Android's platform-tools: "
+        "https://developer.android.com/tools/releases/platform-tools",
     )

@@ -26,4 +26,5 @@ def examine() -> Iterator[Finding]:
             yield from check()
         except OSError as error:  # such as a folder that may not be read
             name = check.__name__.removeprefix("check_")
-            yield Finding(name, "note", f"could not be looked at ({error})")
+            hint = "check the rights to that file, then try again"
+            yield Finding(name, "note", f"could not be looked at ({error})", hint)

@@ -6,9 +6,12 @@ bounds of release numbers, and markers of ``extra`` and ``sys_platform`` as in p
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import re
+import shlex
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import autoglm_gguf
 from autoglm_gguf.doctor.finding import Finding
+from autoglm_gguf.programs import ask_program, find_program
 
 PACKAGE = "autoglm-gguf"
 LLAMA = "llama-cpp-python"
@@ -66,8 +70,9 @@ class Requirement:
 
 
 def check_installation() -> Iterator[Finding]:
-    """Python, this package, its dependencies, its extras."""
+    """Python, pip where it is amiss, this package, its dependencies, its extras."""
     yield _python()
+    yield from check_pip()
     try:
         listed = metadata.requires(PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -82,6 +87,42 @@ def check_installation() -> Iterator[Finding]:
     yield _dependencies([one for one in needed if not one.extra and one.name != LLAMA])
     for extra in sorted({one.extra for one in needed} - {"", "dev", "all"}):
         yield _extra(extra, [one for one in needed if one.extra == extra])
+
+
+def check_pip() -> Iterator[Finding]:
+    """What to type in place of ``pip``, which every other hint writes, where that goes astray.
+
+    Covers a Python that its system manages (PEP 668), a virtual environment that is not activated,
+    and a Python without pip.
+    """
+    in_venv = sys.prefix != sys.base_prefix
+    if not in_venv and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists():
+        text = "this Python is the system's, where pip does not install"
+        hint = f"{sys.executable} -m venv .venv && . .venv/bin/activate, then install there"
+        yield Finding("pip", "note", text, hint)
+        return
+    program = find_program("pip")
+    if program is not None and _is_ours(program):
+        return
+    text = "not found" if program is None else f"{program} installs for another Python"
+    activate = Path(sys.prefix, "bin", "activate")
+    if importlib.util.find_spec("pip") is None:
+        text = f"not installed in {sys.prefix}"
+        hint = f"{sys.executable} -m ensurepip"
+    elif in_venv and activate.exists():
+        hint = f". {shlex.quote(str(activate))}"
+    else:
+        hint = f"where a hint says pip, write: {sys.executable} -m pip"
+    yield Finding("pip", "note", text, hint)
+
+
+def _is_ours(pip: str) -> bool:
+    """Whether a pip installs for this Python: by its folder, else by what it says of itself."""
+    if Path(pip).parent == Path(sys.executable).parent:
+        return True
+    answer = ask_program([pip, "--version"])  # pip 23.0.1 from FOLDER/pip (python 3.11)
+    match = re.search(r" from (.+)[\\/]pip \(python", answer.text) if answer else None
+    return match is not None and match[1] in sys.path
 
 
 def parse_requirement(line: str) -> Requirement | None:

@@ -232,7 +232,7 @@ def _build_tools(backend: str, *, needed: bool) -> Finding:
         "build tools",
         "problem" if stops else "note",
         text,
-        hint or f"install a {', '.join(missing)}",
+        hint or f"install with this system's package manager: {', '.join(missing)}",
     )
 
 

@@ -14,6 +14,9 @@ from autoglm_gguf.programs import Answer, ask_program, find_program, install_com
 
 KEYBOARD = "com.android.adbkeyboard/.AdbIME"
 """What the phone agent types with."""
+_PLATFORM_TOOLS = (
+    "install Android's platform-tools: https://developer.android.com/tools/releases/platform-tools"
+)
 _STARTED = "daemon not running"  # this command starts the server
 _REPLACED = "doesn't match this client"  # it replaces another adb's server
 _LISTED = "List of devices attached"
@@ -43,12 +46,12 @@ def check_phones() -> Iterator[Finding]:
             winget="Google.PlatformTools",
         )
         text = "not found; only the phone agent needs it"
-        yield Finding("adb", "note", text, hint or "install Android's platform-tools")
+        yield Finding("adb", "note", text, hint or _PLATFORM_TOOLS)
         return
     version = ask_program([adb, "version"])
     if version is None or version.code != 0:
         text = f"{adb} does not run{_said(version)}"
-        yield Finding("adb", "note", text, "install Android's platform-tools again")
+        yield Finding("adb", "note", text, _PLATFORM_TOOLS)
         return
     started = False
     try:

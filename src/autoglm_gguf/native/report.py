@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_gguf.errors import NativeLibraryError
+from autoglm_gguf.native.library import PINNED_VERSION
 
+_PINNED = f"llama-cpp-python=={PINNED_VERSION}"
 _COMPUTING = ("cpu", "gpu", "igpu")
 
 
@@ -38,7 +40,7 @@ def write_report(path: str) -> None:
         _write(path, {**report, "error": error.message, "hint": error.hint})
         return
     except ImportError as error:
-        hint = f"pip install --force-reinstall {error.name}" if error.name else ""
+        hint = f"pip install --force-reinstall {error.name or _PINNED}"
         text = f"llama-cpp-python: cannot be imported ({error})"
         _write(path, {**report, "error": text, "hint": hint})
         return

@@ -45,6 +45,15 @@ def test_only_configurations_are_compared_whatever_their_layers_are() -> None:
     assert found.unmatched == ()
 
 
+def test_memory_that_one_did_not_tell_is_not_compared() -> None:
+    held = make_result(0).held
+    assert held is not None
+    unknown = make_report(make_result(0, held=replace(held, peak_bytes=0)))
+    known = make_report(make_result(0))
+    for a, b in ((known, unknown), (unknown, known)):
+        assert "peak_memory" not in {ratio.name for ratio in compare_reports(a, b).ratios}
+
+
 def test_what_only_one_has_is_told() -> None:
     failed = make_result(41, measures=(), held=None, failed="killed by SIGABRT")
     b = make_report(make_result(0, measures=make_result(0).measures[:3]), make_result(10), failed)

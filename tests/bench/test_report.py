@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,18 @@ def saved(**changed: Any) -> str:
     return json.dumps({**asdict(make_report()), **changed})
 
 
+def with_figures(**changed: Any) -> str:
+    result = asdict(make_result(0))
+    result["measures"][0].update(changed)
+    return saved(results=[result])
+
+
+def with_held(**changed: Any) -> str:
+    result = asdict(make_result(0))
+    result["held"].update(changed)
+    return saved(results=[result])
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -77,6 +90,15 @@ def saved(**changed: Any) -> str:
         (saved(results=7), "results: "),
         (saved(results=[{"n_gpu_layers": None}]), "results.0.n_gpu_layers"),
         (saved(machine=None), "machine: "),
+        ('{"schema": true}', "no schema number"),
+        (with_figures(median=float("nan")), "not JSON"),
+        (with_figures(median=float("inf")), "not JSON"),
+        (with_figures(median=7).replace(": 7", ": 1e999"), "results.0.measures.0.median"),
+        (with_figures(median=0), "results.0.measures.0.median"),
+        (with_figures(low=-1.0), "results.0.measures.0.low"),
+        (with_figures(values=[]), "results.0.measures.0.values"),
+        (with_figures(unit="furlongs"), "results.0.measures.0.unit"),
+        (with_held(peak_bytes=-5), "results.0.held.peak_bytes"),
     ],
 )
 def test_file_that_is_no_saved_bench_is_refused(tmp_path: Path, text: str, named: str) -> None:
@@ -99,6 +121,22 @@ def test_target_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
         check_target(tmp_path / "none" / "new.json")
     with pytest.raises(BenchError, match="a folder, not a file"):
         check_target(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that is not regular")
+def test_target_that_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BenchError, match="pipe: not a regular file"):
+        check_target(tmp_path / "pipe")
+
+
+def test_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "a.json", tmp_path / "there" / "b.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_report(link, make_report())
+    assert link.is_symlink() and read_report(target) == make_report()
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])

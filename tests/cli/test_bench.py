@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from autoglm_gguf.cli.bench import draw_table
 from autoglm_gguf.cli.main import build_parser, main
 
 ROOT = Path(__file__).parents[2]
+MACHINE = make_report().machine
 SMALL = ["--prompt-n", "16", "--predicted-n", "4", "--n-ctx", "256", "--max-image-tokens", "32"]
 
 
@@ -155,6 +157,41 @@ def test_compare_prints_ratios_and_differences(
     value = json.loads(capsys.readouterr().out)
     assert [ratio["ratio"] for ratio in value["ratios"]] == [0.5, 2.0, 0.5, 2.0, 1.0]
     assert read_report(Path(paths[0])).complete
+
+
+def test_compared_file_cannot_move_the_cursor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    write_report(a, make_report())
+    write_report(b, make_report(started="\x1b[2J", machine=replace(MACHINE, cpu="A\x1b[31m CPU")))
+    assert main(["bench", "--compare", str(a), str(b)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "differs: machine.cpu: A CPU | A\N{REPLACEMENT CHARACTER}[31m CPU" in printed
+
+
+@pytest.mark.native
+@pytest.mark.skipif(os.name != "posix", reason="a folder that is in use can go")
+def test_figures_are_told_where_they_cannot_be_saved(
+    tiny_pair: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "away"
+    folder.mkdir()
+    files = ["--no-image", "--repeats", "1", "--save", str(folder / "a.json")]
+    model = str(tiny_pair("q8_0")[0])
+    command = [sys.executable, "-m", "autoglm_gguf", "bench", model, *SMALL, *files, "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout and process.stderr
+        next(line for line in process.stderr if "warm-up" in line)
+        folder.rmdir()
+        told = process.stderr.read()
+        value = json.loads(process.stdout.read())
+    assert process.returncode == 1
+    assert "error: " in told and "a.json: cannot be written (" in told
+    assert value["complete"] and value["results"][0]["measures"]
 
 
 def test_reference_page_names_every_option_and_figure() -> None:

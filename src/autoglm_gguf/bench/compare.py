@@ -74,12 +74,12 @@ def compare_reports(a: Report, b: Report) -> Comparison:
 def _ratios(label: str, a: Result, b: Result) -> Iterator[Ratio]:
     for first in a.measures:
         second = b.find(first.name, first.n)
-        if second is not None and first.median > 0:
+        if second is not None:
             ratio = round(second.median / first.median, 3)
             medians = first.median, second.median
             verdict = _verdict(first, second)
             yield Ratio(label, first.name, first.n, first.unit, *medians, ratio, verdict)
-    if a.held and b.held and a.held.peak_bytes:
+    if a.held and b.held and a.held.peak_bytes and b.held.peak_bytes:
         peaks = a.held.peak_bytes, b.held.peak_bytes
         ratio = round(peaks[1] / peaks[0], 3)
         verdict = "less memory" if ratio < 1 else "more memory" if ratio > 1 else "the same"

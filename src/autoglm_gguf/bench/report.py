@@ -7,9 +7,10 @@ meaning or goes; a field that is added has a default.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,15 +205,16 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file under a temporary name, then give it its own.
+    """Let ``write`` make a file under a temporary name, then give it its own; links are followed.
 
     Raises:
         BenchError: The file cannot be written; what stood there before stands there still.
     """
     try:
-        with open_temporary(path) as temporary:
+        target = path.resolve()
+        with open_temporary(target) as temporary:
             write(temporary)
-            temporary.replace(path)
+            temporary.replace(target)
     except OSError as error:
         raise _cannot_write(path, error.strerror or str(error)) from error
 
@@ -221,13 +223,15 @@ def check_target(path: Path) -> None:
     """Refuse a file that could not be written, before hours of measuring.
 
     Raises:
-        BenchError: Its folder is missing or closed to us, or it is a folder itself.
+        BenchError: Its folder is missing or closed to us, or it is there and no regular file.
     """
     folder = path.parent
     if not folder.is_dir():
         raise BenchError(f"{path}: no such folder ({folder})", hint=f"mkdir -p {folder}")
     if path.is_dir():
         raise BenchError(f"{path}: a folder, not a file", hint="give a file name")
+    if path.exists() and not path.is_file():  # /dev/null and /dev/stdout would be replaced
+        raise BenchError(f"{path}: not a regular file", hint="give the name of a new file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise _cannot_write(path, f"no right to write in {folder}")
 
@@ -245,7 +249,7 @@ def read_report(path: Path) -> Report:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except OSError as error:
         raise BenchError(
             f"{path}: cannot be read ({error.strerror or error})",
@@ -254,7 +258,7 @@ def read_report(path: Path) -> Report:
     except (ValueError, RecursionError) as error:
         raise _no_report(path, "not JSON") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
-    if not isinstance(schema, int):
+    if type(schema) is not int:
         raise _no_report(path, "no schema number")
     if schema != SCHEMA:
         raise BenchError(
@@ -262,11 +266,36 @@ def read_report(path: Path) -> Report:
             hint="measure again with this version, or compare with the version that saved it",
         )
     try:
-        return TypeAdapter(Report).validate_python(raw)
+        report = TypeAdapter(Report).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise _no_report(path, f"{where}: {first['msg']}") from error
+    wrong = next(_wrong_figures(report), None)
+    if wrong is not None:
+        raise _no_report(path, wrong)
+    return report
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name}: not JSON")  # Python reads NaN and Infinity as numbers
+
+
+def _wrong_figures(report: Report) -> Iterator[str]:
+    """What no bench has measured."""
+    for n, result in enumerate(report.results):
+        for m, measure in enumerate(result.measures):
+            where = f"results.{n}.measures.{m}"
+            if measure.unit not in (TOKENS_PER_SECOND, MILLISECONDS):
+                yield f"{where}.unit: {measure.unit!r}"
+            if not measure.values:
+                yield f"{where}.values: none"
+            for name in ("median", "low", "high"):
+                if not 0 < (value := getattr(measure, name)) < math.inf:
+                    yield f"{where}.{name}: {value}"
+        for name, value in [] if result.held is None else asdict(result.held).items():
+            if isinstance(value, int) and value < 0:
+                yield f"results.{n}.held.{name}: {value}"
 
 
 def _no_report(path: Path, why: str) -> BenchError:

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
             line.end()
             output.note(_summary(bench.report, result))
             if arguments.save is not None:
-                write_report(arguments.save, bench.report)
+                _save_meanwhile(arguments.save, bench.report)
     except KeyboardInterrupt:
         line.end()
         if bench.report.results:
@@ -119,6 +119,14 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise ValueError(f"prompt_n {text!r}: write for example 512 or 128,512") from None
+
+
+def _save_meanwhile(path: Path, report: Report) -> None:
+    """Save what there is; a failure may pass, and what is still to be measured is not lost."""
+    try:
+        write_report(path, report)
+    except BenchError as error:
+        output.note(f"note: {error.message}")
 
 
 def _finish(report: Report, arguments: argparse.Namespace) -> None:
@@ -285,10 +293,13 @@ def _compare(path_a: Path, path_b: Path, *, as_json: bool) -> None:
     if as_json:
         output.write_json(asdict(found))
         return
-    output.write(f"A: {path_a}, {a.started}{'' if a.complete else ', interrupted'}")
-    output.write(f"B: {path_b}, {b.started}{'' if b.complete else ', interrupted'}")
-    for line in draw_comparison(found):
-        output.write(line)
+    lines = (
+        f"A: {path_a}, {a.started}{'' if a.complete else ', interrupted'}",
+        f"B: {path_b}, {b.started}{'' if b.complete else ', interrupted'}",
+        *draw_comparison(found),
+    )
+    for line in lines:  # a file may come from anywhere: nothing of it moves the cursor
+        output.write("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))
 
 
 def draw_comparison(found: Comparison) -> Iterator[str]:

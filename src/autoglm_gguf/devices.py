@@ -144,7 +144,7 @@ def choose_devices(found: Sequence[Device], wanted: str | None = None) -> tuple[
         ValueError: A name that is not there, or is no GPU.
     """
     if wanted is not None:
-        return tuple(_named(found, name.strip()) for name in wanted.split(","))
+        return tuple(dict.fromkeys(_named(found, name.strip()) for name in wanted.split(",")))
     real = [device for device in found if device.is_gpu and not device.is_software]
     discrete = [device for device in real if device.kind == "gpu"]
     return tuple(d for d in discrete if d.backend == discrete[0].backend) or tuple(real[:1])

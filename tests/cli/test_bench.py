@@ -188,7 +188,7 @@ def test_figures_are_told_where_they_cannot_be_saved(
         next(line for line in process.stderr if "warm-up" in line)
         folder.rmdir()
         told = process.stderr.read()
-        value = json.loads(process.stdout.read())
+        value: dict[str, Any] = json.loads(process.stdout.read())
     assert process.returncode == 1
     assert "error: " in told and "a.json: cannot be written (" in told
     assert value["complete"] and value["results"][0]["measures"]

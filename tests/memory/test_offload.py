@@ -69,6 +69,10 @@ def test_software_driver_is_taken_by_name_only() -> None:
     assert choose_devices((CPU, LLVM, CARD), "Vulkan0, Vulkan2") == (CARD, LLVM)
 
 
+def test_device_named_twice_is_taken_once() -> None:
+    assert choose_devices((CPU, CARD, LLVM), "Vulkan0,vulkan0 , Vulkan2") == (CARD, LLVM)
+
+
 def test_unknown_device_names_those_that_are_there() -> None:
     with pytest.raises(ValueError, match=r"device 'CUDA0': not found \(found Vulkan2\)"):
         choose_devices((CPU, LLVM), "CUDA0")

@@ -23,6 +23,7 @@ import os
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -393,25 +394,21 @@ def introduce(
     n_tokens = SIZE[0] // FACTOR * (SIZE[1] // FACTOR)
     used = f"llama-cpp-python {versions.llama_cpp_python} (llama.cpp {versions.llama_cpp[:9]})"
     if "server" in arguments.only:
-        used += f", llama-server {read_version(arguments.server)}"
+        used += f", llama-server {read_version(arguments.server).removeprefix('version: ')}"
     command = "python benchmarks/agent_steps.py --work DIR"
     command += " --server LLAMA_SERVER" if "server" in arguments.only else ""
     command += f" --steps {len(sent)} --repeats {arguments.repeats}"
     command += f" --only {','.join(arguments.only)}" if len(arguments.only) < len(NAMES) else ""
-    cpu = f"{machine.n_cores} cores ({machine.cpu}){memory}"
-    sizes = f"n_ctx {settings.n_ctx}, n_batch and n_ubatch {settings.n_batch}"
-    return "\n".join(
-        [
-            "# Steps of a phone agent\n",
-            f"`benchmarks/agent_steps.py`. Machine: {cpu}; load average at the start {load:.1f}.",
-            f"{used}.",
-            f"Random weights, {arguments.size} parameters, GGUF pair of {files};",
-            f"{n_tokens} image tokens and {settings.max_tokens} tokens made a step; {sizes},",
-            f"{settings.n_threads} threads, f16 KV cache, flash attention, no GPU, weights repacked",
-            "by all. Side by side in one run, each runtime in a process of its own.\n",
-            f"    {command}",
-        ]
+    facts = (
+        f"`benchmarks/agent_steps.py`. Machine: {machine.n_cores} cores ({machine.cpu}){memory}; "
+        f"load average at the start {load:.1f}. {used}. Random weights, {arguments.size} "
+        f"parameters, GGUF pair of {files}; {n_tokens} image tokens and {settings.max_tokens} "
+        f"tokens made a step; n_ctx {settings.n_ctx}, n_batch and n_ubatch {settings.n_batch}, "
+        f"{settings.n_threads} threads, f16 KV cache, flash attention, no GPU. Weights are "
+        "repacked by all; the others map the file as well, as is their default. Side by side in "
+        "one run, each runtime in a process of its own."
     )
+    return f"# Steps of a phone agent\n\n{textwrap.fill(facts, 110)}\n\n    {command}"
 
 
 # ---- command line
@@ -449,7 +446,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="where the random pair is kept")
     parser.add_argument("--size", default="1.7b", choices=["0.4b", "1.7b", "9b"])
     parser.add_argument("--server", type=Path, help="llama-server's executable")
-    parser.add_argument("--server-options", default="", help="more of llama-server's own options")
+    parser.add_argument("--server-options", default="", help="more of its own: ='--no-warmup'")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default=",".join(NAMES), help=f"of {','.join(NAMES)}")
@@ -457,9 +454,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds a start or a step")
     parser.add_argument("--json", type=Path, help="write every figure there")
     arguments = parser.parse_args()
-    arguments.only = [name for name in NAMES if name in arguments.only.split(",")]
-    if not arguments.only or min(arguments.steps, arguments.repeats) < 1:
-        parser.error("nothing to measure")
+    asked = arguments.only.split(",")
+    arguments.only = [name for name in NAMES if name in asked]
+    if len(arguments.only) < len(asked) or min(arguments.steps, arguments.repeats) < 1:
+        parser.error(f"--only: of {','.join(NAMES)}; at least one step and one repeat")
     if "server" in arguments.only and arguments.server is None:
         parser.error("--server: name llama-server's executable, or leave it out with --only")
     return arguments

@@ -17,7 +17,9 @@ from autoglm_gguf import AutoGLM, MemoryPlan, convert, plan_memory
 from autoglm_gguf.engine.llama import LlamaEngine
 from autoglm_gguf.memory.holding import Places
 from autoglm_gguf.memory.plan import Decision
+from autoglm_gguf.memory.residency import Residency
 from autoglm_gguf.native import pages
+from autoglm_gguf.stopping import StopFlag, Stopped
 
 pytestmark = [
     pytest.mark.native,
@@ -140,6 +142,38 @@ def test_greedy_answers_are_equal(pairs: Callable[[str], Pair]) -> None:
         with AutoGLM(engine(pair, planned(pair, **changed))) as model:
             answers.append(model.generate("hello", max_tokens=24).tokens)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("n_passed", [1, 2, 5])
+def test_cancelled_between_two_layers_the_batch_leaves_nothing_behind(
+    pairs: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, n_passed: int
+) -> None:
+    """llama.cpp calls a graph that was ended there done, and keeps its cells."""
+    stop, n_left, passed = StopFlag(), n_passed, Residency.passed
+
+    def stopping(self: Residency, layer: int) -> None:
+        nonlocal n_left
+        passed(self, layer)
+        n_left -= 1
+        if n_left == 0:
+            stop.set()
+
+    monkeypatch.setattr(Residency, "passed", stopping)
+    pair = pairs("f16")
+    plan = planned(pair, weights="streamed", places=PLACES["all streamed"])
+    fresh, model = engine(pair, plan), engine(pair, plan)
+    n_left = -1
+    fresh.eval_tokens([8, 9, 10])
+    n_left = n_passed
+    model.watch(stop)
+    with pytest.raises(Stopped):
+        model.eval_tokens([5, 6, 7])  # the first of all: nothing is cut before the next batch
+    model.watch(StopFlag())
+    assert len(model.content) == 0
+    model.eval_tokens([8, 9, 10])
+    np.testing.assert_array_equal(model.logits(), fresh.logits())
+    model.close()
+    fresh.close()
 
 
 def test_plan_is_told_by_the_engine(pairs: Callable[[str], Pair]) -> None:

@@ -73,6 +73,7 @@ class LlamaEngine:
         self._stop = StopFlag()
         self.content = Content()
         """What was evaluated and is kept; the KV cache follows it at the next evaluation."""
+        self._is_followed = True
         with buffer_report() as buffers, contextlib.ExitStack() as undo:
             self._model = load_weights(described.text, params, plan)
             undo.callback(self._model.close)
@@ -226,21 +227,22 @@ class LlamaEngine:
 
     @contextlib.contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """The KV cache is what `content` says, before and, after a failure, after."""
+        """The KV cache is what `content` says when it begins, whatever ended the last one."""
         if self._residency is not None:
             self._residency.begin()
         self._follow()
-        try:
-            with HeldInterrupts(self._stop):
-                yield
-        except BaseException:
-            self._follow()
-            raise
+        self._is_followed = False
+        with HeldInterrupts(self._stop):
+            yield
+        self._is_followed = True
 
     def _follow(self) -> None:
+        """Empty the KV cache from where `content` ends; a batch that failed may have left cells."""
         content, context = self.content, self._context
-        if (context.n_past, context.position) != (content.n_cells, content.position):
-            context.truncate(content.n_cells, content.position)
+        wanted = (content.n_cells, content.position)
+        if not self._is_followed or (context.n_past, context.position) != wanted:
+            context.truncate(*wanted)
+            self._is_followed = True
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits ``(n_vocab,)`` of one of the last batch's outputs, copied."""

@@ -24,7 +24,7 @@ LEVELS = (
     ("session", "embedded"),
     ("conversation",),
     ("preparation",),
-    ("generation",),
+    ("generation", "saved_session"),
     ("conversion", "engine"),
     ("memory", "sampling", "annotate"),
     ("hub",),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         NativeLibraryError,
         PairMismatchError,
         PromptError,
+        SavedSessionError,
         UnsupportedModelError,
         VerificationError,
     )
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from autoglm_gguf.progress import Progress
+    from autoglm_gguf.saved_session import SavedSession
     from autoglm_gguf.session import AutoGLM, Step
 
 __version__ = "0.1.0"
@@ -74,6 +76,7 @@ _HOMES = {
         "NativeLibraryError",
         "PairMismatchError",
         "PromptError",
+        "SavedSessionError",
         "UnsupportedModelError",
         "VerificationError",
     ),
@@ -86,6 +89,7 @@ _HOMES = {
         "Usage",
     ),
     "progress": ("Progress",),
+    "saved_session": ("SavedSession",),
     "session": ("AutoGLM", "Step"),
 }
 _HOME = {name: home for home, listed in _HOMES.items() for name in listed}
@@ -120,6 +124,8 @@ __all__ = [
     "Progress",
     "PromptError",
     "SamplingParams",
+    "SavedSession",
+    "SavedSessionError",
     "Step",
     "TensorInfo",
     "TextPart",

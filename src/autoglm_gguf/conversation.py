@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from autoglm_gguf.gguf.names import END_OF_ANSWER
 from autoglm_gguf.messages import (
@@ -16,6 +18,9 @@ from autoglm_gguf.messages import (
     user_message,
 )
 
+if TYPE_CHECKING:
+    from autoglm_gguf.saved_session import SavedSession
+
 
 class Answering(Protocol):
     """Who answers: `AutoGLM`."""
@@ -25,6 +30,11 @@ class Answering(Protocol):
     ) -> Generator[Chunk, None, None]:
         """See `AutoGLM.stream`."""
 
+    def save_chat(
+        self, path: Path, messages: Sequence[Message], system: str | None
+    ) -> SavedSession:
+        """See `ChatSession.save`."""
+
 
 class ChatSession:
     """A conversation; its turns are kept, an interrupted answer as far as it went.
@@ -32,13 +42,25 @@ class ChatSession:
     Args:
         model: Outlives the session.
         system: The system prompt.
+        messages: Said before, the system prompt included; None begins anew.
+        notes: What of a saved conversation could not be restored, and why.
     """
 
-    def __init__(self, model: Answering, *, system: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Answering,
+        *,
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self._model = model
         self._system = system
+        self.notes = notes
         self.messages: list[Message] = []
         self.clear()
+        if messages is not None:
+            self.messages = list(messages)
 
     def clear(self) -> None:
         """Forget every turn; the system prompt stays."""
@@ -58,6 +80,25 @@ class ChatSession:
     def send(self, text: str, *, image: ImageSource | None = None, **sampling: Any) -> Completion:
         """Say something and take the answer as a whole."""
         return collect(self.stream(text, image=image, **sampling))
+
+    def save(self, path: str | os.PathLike[str]) -> SavedSession:
+        """Save the conversation, for `AutoGLM.load_chat`: messages, images and KV state.
+
+        Paths of images are read now, once more. What the engine holds of other conversations does
+        not get into the file, and is forgotten. While saving, the file's folder needs room for the
+        KV state twice (40,960 bytes a token of the 9B, in f16); this process holds one image and
+        one layer's keys or values besides what it held.
+
+        Args:
+            path: Replaced if it exists, when the new file is whole.
+
+        Raises:
+            SavedSessionError: The file cannot be written.
+            ImageError: An image cannot be read any more.
+            EngineBusyError: This thread has a stream of the model open.
+            EngineError: The KV state cannot be written.
+        """
+        return self._model.save_chat(Path(path), self.messages, self._system)
 
     def _keep(self, turn: Message, answer: Generator[Chunk, None, None]) -> Iterator[Chunk]:
         said, finished = "", False

@@ -15,6 +15,7 @@ This module knows what can go wrong and what to type next; it does not know how 
     ├── ContextFullError         a request that cannot fit n_ctx
     ├── DoesNotFitError          a model too large for the memory budget, or for the machine
     ├── ActionParseError         an answer that is no action
+    ├── SavedSessionError        a saved session that cannot be written, read, or used here
     ├── EngineError              llama.cpp failed while loading or running
     │   └── EngineBusyError          a stream of this model is still open
     ├── BenchError               a measurement that could not be made, saved, drawn or read back
@@ -130,6 +131,10 @@ class ActionParseError(AutoGLMError):
     def __init__(self, message: str, *, text: str, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.text = text
+
+
+class SavedSessionError(AutoGLMError):
+    """A saved session that cannot be written, is broken, or belongs to another model."""
 
 
 class EngineError(AutoGLMError):

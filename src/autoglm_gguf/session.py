@@ -7,14 +7,16 @@ an open one is an error, since it would wait for itself. Knows no files beyond p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoglm_gguf.actions import Action, choose_system_prompt, parse_answer
 from autoglm_gguf.config import (
@@ -26,11 +28,9 @@ from autoglm_gguf.config import (
 )
 from autoglm_gguf.conversation import ChatSession
 from autoglm_gguf.engine.base import Engine, EngineInfo
+from autoglm_gguf.engine.content import Piece
 from autoglm_gguf.engine.images import EmbeddingCache
-from autoglm_gguf.errors import (
-    EngineBusyError,
-    EngineError,
-)
+from autoglm_gguf.errors import ContextFullError, EngineBusyError, EngineError, PromptError
 from autoglm_gguf.generation import Request, Run
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
 from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
@@ -49,6 +49,9 @@ from autoglm_gguf.preparation import Preparation
 from autoglm_gguf.prompt import Prompt
 from autoglm_gguf.sampling import act_options
 from autoglm_gguf.stopping import StopFlag
+
+if TYPE_CHECKING:
+    from autoglm_gguf.saved_session import SavedSession
 
 _AUTO_SYSTEM = "auto"
 _WAIT_SECONDS = 0.05  # how often a waiting request looks whether it was cancelled
@@ -266,6 +269,38 @@ class AutoGLM:
             system: The system prompt.
         """
         return ChatSession(self, system=system)
+
+    def load_chat(self, path: str | os.PathLike[str]) -> ChatSession:
+        """Open a conversation that `ChatSession.save` saved, where it ended.
+
+        Its KV state takes the place of what the engine holds, and its next turn evaluates only what
+        is new. Where the model is the same but the state does not fit (another quantisation, type_k
+        or n_gpu_layers, too small an n_ctx, …), the session's ``notes`` say so, and its next turn
+        evaluates the whole conversation.
+
+        Raises:
+            SavedSessionError: The file is missing, broken, or saved with another model.
+            EngineBusyError: This thread has a stream of the model open.
+            EngineError: llama.cpp refused the KV state; the engine holds nothing then.
+        """
+        from autoglm_gguf.saved_session import read_session
+
+        with self._exclusive():
+            saved = read_session(Path(path), self._engine)
+        return ChatSession(self, system=saved.system, messages=saved.messages, notes=saved.notes)
+
+    def save_chat(
+        self, path: Path, messages: Sequence[Message], system: str | None
+    ) -> SavedSession:
+        """Write what `ChatSession.save` describes."""
+        from autoglm_gguf.saved_session import write_session
+
+        pieces: tuple[Piece, ...] = ()
+        with self._exclusive():
+            with contextlib.suppress(PromptError, ContextFullError):  # nor could a next turn use it
+                following = [*messages, Message("user", "")]
+                pieces = self._preparation.prepare(following, SamplingParams()).pieces
+            return write_session(path, self._engine, messages, system, pieces)
 
     def act(
         self,

@@ -163,6 +163,21 @@ def open_image(source: ImageSource) -> Image:
     return image
 
 
+def encode_image_file(source: ImageSource) -> bytes:
+    """An image as the bytes of a file: those it has, or a PNG of a Pillow image's RGB.
+
+    Raises:
+        ImageError: It cannot be read.
+    """
+    from PIL import Image as PILImage
+
+    if not isinstance(source, PILImage.Image):
+        return _read_source(source)[1]
+    out = io.BytesIO()
+    _to_rgb(open_image(source)).save(out, "PNG")
+    return out.getvalue()
+
+
 def _wrong_size(label: str, found: str) -> ImageError:
     return ImageError(
         f"{label}: too large or empty ({found}, 1 to {MAX_SOURCE_PIXELS} pixels are taken)",

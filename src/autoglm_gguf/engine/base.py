@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_gguf.config import SamplingParams
-from autoglm_gguf.engine.content import Content
+from autoglm_gguf.engine.content import Content, Piece
 from autoglm_gguf.gguf.describe import VisionLimits
 from autoglm_gguf.memory.plan import MemoryPlan
 from autoglm_gguf.sampling import Grammar
 from autoglm_gguf.stopping import StopFlag
+
+MODEL, MMPROJ = "model", "mmproj"  # among the names of `Engine.state_facts`
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,36 @@ class Engine(Protocol):
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits ``(n_vocab,)`` of one of the last batch's outputs, copied."""
+
+    @property
+    def state_facts(self) -> Mapping[str, str]:
+        """What a KV state depends on: one that was saved fits where all of it is the same.
+
+        `MODEL` says whether a conversation belongs to this model at all; `MMPROJ` matters to a
+        state that holds images only.
+        """
+
+    def state_bytes(self, pieces: Sequence[Piece]) -> int:
+        """Size of the file that `save_state` writes for some pieces."""
+
+    def save_state(self, path: Path) -> None:
+        """Write the KV state of all of `content` to a file.
+
+        Raises:
+            EngineError: It could not be written.
+        """
+
+    def load_state(self, path: Path, pieces: Sequence[Piece]) -> None:
+        """Take a saved KV state in place of what was evaluated.
+
+        Args:
+            path: Written by an engine with the same `state_facts`, or by an enemy.
+            pieces: What it holds.
+
+        Raises:
+            SavedSessionError: It is not these pieces' state; all is as it was.
+            EngineError: llama.cpp refused it; nothing is kept then.
+        """
 
     def open_sampler(self, params: SamplingParams) -> Sampler:
         """A fresh sampler."""

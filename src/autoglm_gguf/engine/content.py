@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class ImageCells:
@@ -39,6 +42,29 @@ Piece: TypeAlias = int | ImageCells
 def count_cells(pieces: Iterable[Piece]) -> int:
     """KV cells of some pieces."""
     return sum(1 if isinstance(piece, int) else piece.n_cells for piece in pieces)
+
+
+def lay_out(pieces: Iterable[Piece]) -> NDArray[np.int32]:
+    """Where M-RoPE puts some pieces, from the first position on.
+
+    Returns:
+        ``(n_cells, 4)``: position, column, row and token id (-1 in an image) of each KV cell.
+    """
+    rows: list[NDArray[np.int32]] = [np.empty((0, 4), np.int32)]
+    position = 0
+    for piece in pieces:
+        if isinstance(piece, int):
+            rows.append(np.array([[position, position, position, piece]], np.int32))
+            position += 1
+            continue
+        cells = np.full((piece.n_cells, 4), position, np.int32)
+        number = np.arange(piece.n_cells, dtype=np.int32)
+        cells[:, 1] += number % piece.grid[0]
+        cells[:, 2] += number // piece.grid[0]
+        cells[:, 3] = -1
+        rows.append(cells)
+        position += piece.n_positions
+    return np.concatenate(rows)
 
 
 class Content:

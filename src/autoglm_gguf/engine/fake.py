@@ -8,14 +8,15 @@ weights and knows no language.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_gguf.config import SamplingParams
-from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
-from autoglm_gguf.engine.content import Content, ImageCells
-from autoglm_gguf.errors import ContextFullError, EngineError, ImageError
+from autoglm_gguf.engine.base import MMPROJ, MODEL, EngineInfo, ImageEmbedding
+from autoglm_gguf.engine.content import Content, ImageCells, Piece, count_cells, lay_out
+from autoglm_gguf.errors import ContextFullError, EngineError, ImageError, SavedSessionError
 from autoglm_gguf.gguf.describe import GLM_TEMPLATE, VisionLimits
 from autoglm_gguf.gguf.names import END_OF_ANSWER
 from autoglm_gguf.sampling import Grammar
@@ -54,6 +55,8 @@ class FakeEngine:
         self.n_evaluated = self.n_encoded = 0
         """KV cells evaluated, and images encoded, since the beginning."""
         self.closed = False
+        self.state_facts = {MODEL: "fake", "text": "fake", MMPROJ: "fake" if vision else ""}
+        """See `Engine.state_facts`; change it to pretend to be another one."""
         self._stop = StopFlag()
         self._sampler = FakeSampler(b"")
         self._wanted = STOP
@@ -126,6 +129,25 @@ class FakeEngine:
     def _check(self) -> None:
         if self._stop.is_set():
             raise Stopped
+
+    def state_bytes(self, pieces: Sequence[Piece]) -> int:
+        """16 bytes a cell: the state is where M-RoPE would put it."""
+        return 16 * count_cells(pieces)
+
+    def save_state(self, path: Path) -> None:
+        """Write where each cell lies."""
+        path.write_bytes(lay_out(self.content.pieces).tobytes())
+
+    def load_state(self, path: Path, pieces: Sequence[Piece]) -> None:
+        """Hold these pieces, as if they had been evaluated.
+
+        Raises:
+            SavedSessionError: The file is of other ones.
+        """
+        if path.read_bytes() != lay_out(pieces).tobytes():
+            raise SavedSessionError("KV state: does not fit the conversation")
+        self.content.cut(0)
+        self.content.add(pieces)
 
     def open_sampler(self, params: SamplingParams) -> FakeSampler:
         """A sampler that reads the script from its beginning."""

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from autoglm_gguf.config import ContextParams, SamplingParams
 from autoglm_gguf.devices import usable_cores
-from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
-from autoglm_gguf.engine.content import Content, ImageCells
+from autoglm_gguf.engine.base import MMPROJ, MODEL, EngineInfo, ImageEmbedding
+from autoglm_gguf.engine.content import Content, ImageCells, Piece, count_cells, lay_out
 from autoglm_gguf.engine.weights import CacheScarcity, load_weights, open_residency
-from autoglm_gguf.errors import ImageError
+from autoglm_gguf.errors import EngineError, ImageError, SavedSessionError
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.describe import ModelDescription, VisionLimits, describe_pair
+from autoglm_gguf.gguf.identity import identify_file, identify_model
+from autoglm_gguf.memory.estimate import text_shape
 from autoglm_gguf.memory.plan import MemoryPlan
 from autoglm_gguf.native.grammar import GrammarState, schema_to_grammar
 from autoglm_gguf.native.interrupts import HeldInterrupts
@@ -96,6 +98,22 @@ class LlamaEngine:
         tokens = described.text.metadata[names.TOKENS]
         self._tag_ids = {i: t.encode() for i, t in enumerate(tokens) if t in _TAGS}
         self._info = self._tell(described, params, plan)
+        shape = text_shape(described.text)
+        self._layout = self._context.state_layout(shape.n_layers, shape.n_heads_kv * shape.head_dim)
+        self.state_facts = self._find_facts(described, params, devices)
+        """What a KV state depends on; see `Engine.state_facts`."""
+
+    def _find_facts(
+        self, described: ModelDescription, params: ContextParams, devices: Sequence[str]
+    ) -> dict[str, str]:
+        return {
+            MODEL: identify_model(described.text),
+            "text": identify_file(described.text),
+            MMPROJ: "" if described.mmproj is None else identify_file(described.mmproj),
+            **self._context.state_facts,
+            "n_gpu_layers": str(params.n_gpu_layers),
+            "device": ", ".join(devices),
+        }
 
     def _tell(
         self, described: ModelDescription, params: ContextParams, plan: MemoryPlan | None
@@ -243,6 +261,46 @@ class LlamaEngine:
         if not self._is_followed or (context.n_past, context.position) != wanted:
             context.truncate(*wanted)
             self._is_followed = True
+
+    def state_bytes(self, pieces: Sequence[Piece]) -> int:
+        """Size of the file that `save_state` writes for some pieces."""
+        return self._layout.n_bytes(count_cells(pieces))
+
+    def save_state(self, path: Path) -> None:
+        """Write the KV state of all of `content` to a file.
+
+        Holds a copy of the keys or values of one layer: in f16, 512 bytes a cell of the 9B.
+
+        Raises:
+            EngineError: It could not be written, or not so that it can be read back.
+        """
+        self._follow()
+        self._context.save_state(path)
+        try:
+            self._layout.check(path, lay_out(self.content.pieces))
+        except SavedSessionError as error:
+            raise EngineError(f"KV state: llama.cpp wrote another one ({error.message})") from error
+
+    def load_state(self, path: Path, pieces: Sequence[Piece]) -> None:
+        """Take a saved KV state in place of what was evaluated.
+
+        Raises:
+            SavedSessionError: It is not these pieces' state, or larger than n_ctx; all is as it
+                was.
+            EngineError: llama.cpp refused it; nothing is kept then.
+        """
+        held = Content()
+        held.add(pieces)
+        if held.n_cells > self._info.n_ctx:
+            raise SavedSessionError(
+                f"KV state: larger than the context ({held.n_cells} cells, n_ctx "
+                f"{self._info.n_ctx})",
+                hint="raise n_ctx",
+            )
+        self._layout.check(path, lay_out(pieces))
+        self.content.cut(0)
+        self._context.load_state(path, held.n_cells, held.position)
+        self.content.add(pieces)
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits ``(n_vocab,)`` of one of the last batch's outputs, copied."""

@@ -7,6 +7,7 @@ calling it. Knows tokens, embeddings and positions; knows nothing of messages or
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,15 @@ from autoglm_gguf.config import CacheType, ContextParams
 from autoglm_gguf.errors import ContextFullError
 from autoglm_gguf.native.ggml import GGMLType, device_handle, tensor_name
 from autoglm_gguf.native.interrupts import HeldInterrupts
-from autoglm_gguf.native.library import clear_errors, engine_error, load_llama, string_length
+from autoglm_gguf.native.library import (
+    LLAMA_CPP_COMMIT,
+    PINNED_VERSION,
+    clear_errors,
+    engine_error,
+    load_llama,
+    string_length,
+)
+from autoglm_gguf.native.state import StateLayout
 from autoglm_gguf.stopping import StopFlag, Stopped
 
 _CACHE_TYPES: dict[CacheType, GGMLType] = {
@@ -31,6 +40,8 @@ _CACHE_TYPES: dict[CacheType, GGMLType] = {
     "q8_0": GGMLType.Q8_0,
     "q4_0": GGMLType.Q4_0,
 }
+_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # of quantised KV; llama.cpp reads it for each context
+_ROTATION_IS_OFF = re.compile(r"\s*[+-]?0*[1-9]")  # what its atoi takes for true
 _MROPE_AXES = 4  # time, row, column, unused: llama.cpp's positions per embedding under M-RoPE
 
 
@@ -184,8 +195,9 @@ class LlamaContext:
         raw.n_seq_max = 1
         raw.n_outputs_max = n_outputs_max
         raw.n_threads = raw.n_threads_batch = n_threads
-        raw.type_k = _CACHE_TYPES[params.type_k]
-        raw.type_v = _CACHE_TYPES[params.type_v]
+        self._type_k = raw.type_k = _CACHE_TYPES[params.type_k]
+        self._type_v = raw.type_v = _CACHE_TYPES[params.type_v]
+        self._flash_attn = params.flash_attn
         raw.flash_attn_type = (
             self._llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
             if params.flash_attn
@@ -218,6 +230,14 @@ class LlamaContext:
         """KV cells in use."""
         self.position = 0
         """Position of the next token; behind n_past after an image, which takes fewer positions."""
+        self.state_facts = {
+            "library": f"llama-cpp-python {PINNED_VERSION}, llama.cpp {LLAMA_CPP_COMMIT[:9]}",
+            "type_k": params.type_k,
+            "type_v": params.type_v,
+            "flash_attn": str(params.flash_attn),
+            "attn_rot": "off" if _ROTATION_IS_OFF.match(os.environ.get(_ROTATION, "")) else "on",
+        }
+        """What the numbers in the KV cache depend on, beside the model."""
 
     def watch(self, stop: StopFlag) -> None:
         """End every batch that runs when a flag is set with `Stopped`; it must outlive this."""
@@ -235,6 +255,66 @@ class LlamaContext:
         if not self._llama.llama_memory_seq_rm(memory, 0, position, -1):
             raise engine_error(f"llama.cpp: the KV cache cannot be cut at position {position}")
         self.n_past, self.position, self._n_outputs = n_past, position, 0
+
+    def state_layout(self, n_layers: int, n_embd: int) -> StateLayout:
+        """The shape of the KV cache.
+
+        Args:
+            n_layers: Of the model.
+            n_embd: Elements of one cell's keys, and as many of its values, in one layer.
+        """
+        return StateLayout(
+            n_layers,
+            n_embd,
+            n_embd,
+            type_k=self._type_k,
+            type_v=self._type_v,
+            transposed=not self._flash_attn,
+            uses_mrope=self._model.uses_mrope,
+        )
+
+    def save_state(self, path: Path) -> None:
+        """Write the KV state to a file, layer by layer: the rows of one layer are copied at a time.
+
+        Raises:
+            EngineError: llama.cpp could not write it.
+        """
+        clear_errors()
+        with HeldInterrupts():
+            n_bytes = self._llama.llama_state_seq_save_file(
+                self.handle, os.fsencode(path), 0, (ctypes.c_int32 * 1)(), 0
+            )
+        # What is left in its buffer is written as the file closes, and nobody asks how that went.
+        if not n_bytes or path.stat().st_size != n_bytes:
+            raise engine_error(
+                "KV state: cannot be written", hint="is there room on the disk for it?"
+            )
+
+    def load_state(self, path: Path, n_past: int, position: int) -> None:
+        """Take a KV state in place of what is held, layer by layer as `save_state`.
+
+        Args:
+            path: Checked by `StateLayout.check`: llama.cpp trusts it.
+            n_past: KV cells it holds.
+            position: Of the token after them.
+
+        Raises:
+            EngineError: llama.cpp refused it; nothing is held then.
+        """
+        self.truncate(0, 0)
+        clear_errors()
+        n_tokens = ctypes.c_size_t(0)
+        try:
+            with HeldInterrupts():
+                n_bytes = self._llama.llama_state_seq_load_file(
+                    self.handle, os.fsencode(path), 0, (ctypes.c_int32 * 1)(), 0, n_tokens
+                )
+            if not n_bytes:
+                raise engine_error("KV state: llama.cpp could not restore it")
+        except BaseException:
+            self.truncate(0, 0)
+            raise
+        self.n_past, self.position = n_past, position
 
     def decode_tokens(self, tokens: list[int], *, n_outputs: int = 1) -> None:
         """Evaluate tokens (at most n_batch) and keep logits of the last ``n_outputs`` of them.

@@ -16,7 +16,14 @@ from PIL import Image
 
 from autoglm_gguf import ImageError
 from autoglm_gguf.gguf.describe import VisionLimits
-from autoglm_gguf.vision import MAX_SOURCE_PIXELS, Pixels, fit_size, open_image, read_pixels
+from autoglm_gguf.vision import (
+    MAX_SOURCE_PIXELS,
+    Pixels,
+    encode_image_file,
+    fit_size,
+    open_image,
+    read_pixels,
+)
 
 PHONE = VisionLimits(14, 2, 12_544, 5_000_000)
 GLM = VisionLimits(14, 2, 12_544, 47_040_000)
@@ -221,3 +228,24 @@ def test_image_cut_or_damaged_anywhere_is_an_image_or_an_image_error() -> None:
 def test_fit_size_keeps_max_image_tokens_when_the_shape_is_extreme() -> None:
     width, height = fit_size(28, 5600, VisionLimits(14, 2, 12_544, 5_000_000), 16)
     assert (width, height) == (28, 16 * 28)
+
+
+# --- back to files ---
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "F", "CMYK", "YCbCr"])
+def test_encode_image_file_keeps_what_the_model_sees(mode: str) -> None:
+    image = Image.linear_gradient("L").resize((56, 84))
+    image = image.convert("RGBA").convert(mode) if mode != "I;16" else image.convert("I;16")
+    if mode in ("RGBA", "LA"):
+        image.putalpha(90)
+    wanted = read_pixels(image, PHONE)
+    assert read_pixels(encode_image_file(image), PHONE).key == wanted.key
+
+
+def test_encode_image_file_leaves_files_as_they_are(tmp_path: Path) -> None:
+    data = encoded(Image.new("RGB", SIZE, "red"), "JPEG")
+    (tmp_path / "a.jpg").write_bytes(data)
+    url = "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    for source in (data, url, tmp_path / "a.jpg", str(tmp_path / "a.jpg")):
+        assert encode_image_file(source) == data

@@ -89,7 +89,8 @@ def test_chat_takes_several_lines_as_one_message() -> None:
 def test_chat_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     converse("/help")
     assert capsys.readouterr().out == HELP + "\n"
-    for command in ("/image", "/clear", "/show", "/mem", "/help", "/exit", "Ctrl-C", "Ctrl-D"):
+    commands = ("/image", "/clear", "/save", "/load", "/show", "/mem", "/help", "/exit")
+    for command in (*commands, "Ctrl-C", "Ctrl-D"):
         assert command in HELP
 
 
@@ -130,6 +131,55 @@ def test_chat_image_goes_with_the_next_message_only(
     printed = capsys.readouterr().err
     assert "112x168 px" in printed
     assert "(24 image)" in printed
+
+
+def test_chat_goes_on_with_a_saved_conversation(
+    screen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "monday session"
+    converse(f"/image {screen}", "what?", f"/save {path}")
+    assert f"{path}: messages 3, images 1, KV cells " in capsys.readouterr().err
+    engine = FakeEngine(b"yes")
+    converse("forget this", f"/load {path}", "/show", "more?", engine=engine)
+    printed = capsys.readouterr()
+    n_bytes = screen.stat().st_size
+    assert printed.out == (
+        f"yes\nsystem: S\nuser: [image, {n_bytes} B] what?\nassistant: yes\nyes\n"
+    )
+    assert f"{path}: messages 3; /show prints them\n" in printed.err
+    assert engine.n_encoded == 0
+
+
+def test_chat_tells_what_of_a_saved_conversation_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converse("one?", f"/save {tmp_path / 'a'}")
+    engine = FakeEngine(b"yes")
+    engine.state_facts["text"] = "other"
+    converse(f"/load {tmp_path / 'a'}", engine=engine)
+    assert "KV state: not restored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("/save", "/save needs a file"),
+        ("/load", "/load needs a file"),
+        ("/load nowhere", "error: nowhere: cannot be read (No such file or directory)"),
+        ("/load a\0b", "error: "),
+        ("/save ~nobody-of-this-name/a", "error: ~nobody-of-this-name/a: cannot be written"),
+    ],
+)
+def test_chat_goes_on_when_nothing_can_be_saved_or_loaded(
+    line: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert converse("one?", line, "two?")[1:] == [
+        Message("user", "one?"),
+        Message("assistant", "yes"),
+        Message("user", "two?"),
+        Message("assistant", "yes"),
+    ]
+    assert named in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -216,6 +266,22 @@ def test_chat_takes_options_and_prints_json_through_a_pipe(
     assert (first["finish_reason"], first["usage"]["completion_tokens"]) == ("length", 3)
     assert first["usage"]["image_tokens"] == 24
     assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+
+
+@pytest.mark.native
+def test_chat_evaluates_only_what_is_new_after_a_restart(
+    run: Run, endless_model: Path, screen: Path, tmp_path: Path
+) -> None:
+    options = ["--max-tokens", 3, "--n-threads", 1, "--json"]
+    path = tmp_path / "a.session"
+    first = run("chat", endless_model, *options, "--image", screen, stdin=f"hi\n/save {path}\nho\n")
+    wanted = json.loads(first.stdout.splitlines()[1])
+    second = run("chat", endless_model, *options, stdin=f"/load {path}\nho\n")
+    assert second.returncode == 0, second.stderr
+    found = json.loads(second.stdout)
+    assert found["usage"] == wanted["usage"]
+    assert found["timings"]["cache_n"] == wanted["timings"]["cache_n"] > 24
+    assert found["timings"]["image_ms"] == 0
 
 
 @pytest.mark.native

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from autoglm_gguf.engine.base import ImageEmbedding
-from autoglm_gguf.engine.content import Content, ImageCells, Piece, count_cells
+from autoglm_gguf.engine.content import Content, ImageCells, Piece, count_cells, lay_out
 from autoglm_gguf.engine.images import EmbeddingCache
 
 WIDE, TALL = ImageCells("wide", (5, 2)), ImageCells("tall", (2, 3))
@@ -16,6 +16,17 @@ def holding(*pieces: Piece) -> Content:
     content = Content()
     content.add(pieces)
     return content
+
+
+def test_lay_out_places_an_image_in_columns_and_rows_at_one_position() -> None:
+    tall = [(2 + 0, 2 + column, 2 + row, -1) for row in range(3) for column in range(2)]
+    assert lay_out([7, 8, TALL, 9]).tolist() == [
+        [0, 0, 0, 7],
+        [1, 1, 1, 8],
+        *map(list, tall),
+        [5, 5, 5, 9],
+    ]
+    assert lay_out([]).shape == (0, 4)
 
 
 def test_content_counts_a_cell_per_image_token_and_positions_by_the_longer_side() -> None:

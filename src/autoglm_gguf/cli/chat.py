@@ -21,12 +21,15 @@ from autoglm_gguf.cli.prompt_line import EndOfInput, LineReader, open_reader
 from autoglm_gguf.config import CONSTRAIN_ACTION
 from autoglm_gguf.conversation import ChatSession
 from autoglm_gguf.errors import AutoGLMError
-from autoglm_gguf.messages import Chunk, ImagePart
+from autoglm_gguf.messages import Chunk, ImagePart, ImageSource
 from autoglm_gguf.session import AutoGLM
+from autoglm_gguf.units import format_bytes
 from autoglm_gguf.vision import open_image
 
 HELP = """/image PATH   show an image with the next message
 /clear        forget the conversation
+/save FILE    save the conversation; its next turn costs as little after /load as now
+/load FILE    go on with a saved conversation
 /show         print the conversation so far
 /mem          memory planned and measured
 /help         this list
@@ -132,6 +135,8 @@ class Conversation:
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._take_image,
             "/clear": self._clear,
+            "/save": self._save,
+            "/load": self._load,
             "/show": self._show,
             "/mem": self._show_memory,
             "/help": lambda _: output.write(HELP),
@@ -177,7 +182,7 @@ class Conversation:
                 output.note("error: this model takes no images; load it with its mmproj file")
                 self.failed = True
                 return
-            path = str(Path(path).expanduser())
+            path = str(_expand(path))
             size = open_image(path).size
         except AutoGLMError as error:
             output.note(f"error: {error}")
@@ -191,6 +196,36 @@ class Conversation:
         self._image = None
         output.note("conversation cleared")
 
+    def _save(self, path: str) -> None:
+        if not path:
+            output.note("/save needs a file: /save monday.session")
+            return
+        try:
+            saved = self._session.save(_expand(path))
+        except (AutoGLMError, ValueError) as error:
+            output.note(f"error: {error}")
+            self.failed = True
+            return
+        output.note(
+            f"{path}: messages {saved.n_messages}, images {saved.n_images}, KV cells "
+            f"{saved.n_cells}, {format_bytes(saved.file_bytes)}"
+        )
+
+    def _load(self, path: str) -> None:
+        if not path:
+            output.note("/load needs a file: /load monday.session")
+            return
+        try:
+            self._session = self._model.load_chat(_expand(path))
+        except (AutoGLMError, ValueError) as error:
+            output.note(f"error: {error}")
+            self.failed = True
+            return
+        self._image = None
+        output.note(f"{path}: messages {len(self._session.messages)}; /show prints them")
+        for note in self._session.notes:
+            output.note(note)
+
     def _show(self, _: str) -> None:
         if not self._session.messages:
             output.note("nothing said yet")
@@ -199,7 +234,7 @@ class Conversation:
             shown = [
                 part
                 if isinstance(part, str)
-                else f"[image {part.source!s}]"
+                else _name_image(part.source)
                 if isinstance(part, ImagePart)
                 else part.text
                 for part in parts
@@ -259,6 +294,19 @@ class Conversation:
             f"{timings.predicted_per_second:.1f} tok/s · first token {timings.ttft_ms:.0f} ms · "
             f"context left {max(0, left)} · {last.finish_reason}]"
         )
+
+
+def _expand(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~ of nobody
+        return Path(path)
+
+
+def _name_image(source: ImageSource) -> str:
+    if isinstance(source, bytes):  # of a saved conversation
+        return f"[image, {format_bytes(len(source))}]"
+    return f"[image {source!s}]"
 
 
 def _as_json(said: str, last: Chunk) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Chain:
 
     def sample(self, among: NDArray[np.int32] | None = None) -> int:
         began = time.thread_time()
-        context: Any = SimpleNamespace(logits=lambda: self._logits)
+        context: Any = SimpleNamespace(logits=lambda _: self._logits)
         token = self._chain.sample(context, among)
         self.seconds += time.thread_time() - began
         return token

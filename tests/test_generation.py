@@ -106,11 +106,11 @@ class StoppingEngine(FakeEngine):
         super().watch(stop)
         self.flag = stop
 
-    def eval_tokens(self, tokens: Sequence[int]) -> None:
+    def eval_tokens(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
         self.n_left -= 1
         if self.n_left == 0:
             self.flag.set()
-        super().eval_tokens(tokens)
+        super().eval_tokens(tokens, n_outputs=n_outputs)
 
 
 @pytest.mark.parametrize(("n", "text", "n_kept"), [(1, "", 0), (2, "", 64), (4, "a", 150)])
@@ -130,11 +130,11 @@ class FailingEngine(FakeEngine):
 
     fails = False
 
-    def eval_tokens(self, tokens: Sequence[int]) -> None:
+    def eval_tokens(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
         if self.fails and len(self.evaluated) > 64:
             self.fails = False
             raise EngineError("llama.cpp: decode failed")
-        super().eval_tokens(tokens)
+        super().eval_tokens(tokens, n_outputs=n_outputs)
 
 
 def test_failure_leaves_what_was_evaluated_before_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -136,9 +136,9 @@ def test_every_prefix_of_an_action_allows_what_the_words_say() -> None:
 class Counting(FakeEngine):
     n_evaluations = 0
 
-    def eval_tokens(self, tokens: object) -> None:
+    def eval_tokens(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
         self.n_evaluations += 1
-        super().eval_tokens(tokens)  # type: ignore[arg-type]
+        super().eval_tokens(tokens, n_outputs=n_outputs)
 
 
 def test_act_evaluates_what_must_follow_in_one_batch() -> None:

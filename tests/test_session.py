@@ -334,8 +334,8 @@ def test_cancel_from_another_thread_ends_the_answer() -> None:
 
 def test_cancel_during_the_prompt_ends_without_text() -> None:
     class CancelledEngine(FakeEngine):
-        def eval_tokens(self, tokens: Sequence[int]) -> None:
-            super().eval_tokens(tokens)
+        def eval_tokens(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
+            super().eval_tokens(tokens, n_outputs=n_outputs)
             model.cancel()
 
     engine = CancelledEngine(b"never")

@@ -12,6 +12,7 @@ CACHE_TYPES: tuple[CacheType, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
 CONTENT_FORMATS: tuple[ContentFormat, ...] = ("openai", "string")
 CONSTRAIN_ACTION = "action"
 MAX_TOP_LOGPROBS = 20  # OpenAI's
+MAX_DRAFT = 63  # a batch with more logits than that would be the largest thing held
 MAX_SEED = 2**32 - 2  # llama.cpp takes 0xFFFFFFFF for "draw one"
 
 
@@ -43,10 +44,18 @@ class ContextParams:
     """Fused attention. A quantised V cache needs it."""
     max_image_tokens: int | None = None
     """Upper bound for one image; None leaves the model's own."""
+    n_draft_max: int = 7
+    """Tokens that an answer may guess from its prompt and evaluate beside a sampled one; logits are
+    kept of each. 0: guesses none. A batch holds at least one more."""
+
+    @property
+    def n_outputs_max(self) -> int:
+        """Tokens of a batch after which one may be sampled."""
+        return 1 + min(self.n_draft_max, self.n_batch - 1, self.n_ctx - 1)
 
     def __post_init__(self) -> None:
         _check_ints(self, "n_threads", "max_image_tokens")
-        _check_ints(self, "n_ctx", "n_gpu_layers", "n_batch", may_be_none=False)
+        _check_ints(self, "n_ctx", "n_gpu_layers", "n_batch", "n_draft_max", may_be_none=False)
         for name, flag in (("flash_attn", self.flash_attn), ("offload_kqv", self.offload_kqv)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} {flag!r}: not True or False")
@@ -62,6 +71,8 @@ class ContextParams:
             raise ValueError(f"n_threads {self.n_threads}: not in 1..512")
         if not 1 <= self.n_batch <= 16384:
             raise ValueError(f"n_batch {self.n_batch}: not in 1..16384")
+        if not 0 <= self.n_draft_max <= MAX_DRAFT:
+            raise ValueError(f"n_draft_max {self.n_draft_max}: not in 0..{MAX_DRAFT}")
         for name, value in (("type_k", self.type_k), ("type_v", self.type_v)):
             if value not in CACHE_TYPES:
                 raise ValueError(f"{name} {value!r}: not one of {', '.join(CACHE_TYPES)}")
@@ -146,6 +157,10 @@ class SamplingParams:
     schema: a document that it describes, from the first token on. None leaves answers free."""
     apps: tuple[str, ...] = ()
     """With ``constrain="action"``, the only names that ``Launch`` may open; empty: any."""
+    n_draft: int | None = None
+    """Tokens to guess from the prompt and evaluate in one batch, where the text repeats itself;
+    n_draft_max at most. The answer stays the same, but where tokens are all but equally likely.
+    None: as many as the clock says pay, and none with ``cache_prompt=False``. 0: none."""
     cache_prompt: bool = True
     """Take from the KV cache what it holds of the prompt. False evaluates all of it, in batches cut
     as the first time: to the last bit the answer of a fresh session."""
@@ -177,7 +192,9 @@ class SamplingParams:
             raise ValueError("apps: names that are not empty, with constrain='action'")
         if not isinstance(self.cache_prompt, bool):
             raise TypeError(f"cache_prompt {self.cache_prompt!r}: not True or False")
-        _check_ints(self, "max_tokens", "max_thinking_tokens", "top_k", "seed")
+        _check_ints(self, "max_tokens", "max_thinking_tokens", "n_draft", "top_k", "seed")
+        if self.n_draft is not None and not 0 <= self.n_draft <= MAX_DRAFT:
+            raise ValueError(f"n_draft {self.n_draft}: not in 0..{MAX_DRAFT}")
         if self.max_thinking_tokens is not None and self.max_thinking_tokens < 1:
             raise ValueError(f"max_thinking_tokens {self.max_thinking_tokens}: at least 1")
         if not isinstance(self.logprobs, bool):

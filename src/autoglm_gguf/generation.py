@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from autoglm_gguf.actions_grammar import compile_actions
 from autoglm_gguf.config import SamplingParams
+from autoglm_gguf.drafting import Drafts, evaluate
 from autoglm_gguf.engine.base import Engine, ImageEmbedding, Sampler
 from autoglm_gguf.engine.content import Piece, count_cells
 from autoglm_gguf.engine.images import EmbeddingCache
 from autoglm_gguf.logprobs import find_logprobs
+from autoglm_gguf.lookup import Profit
 from autoglm_gguf.messages import Chunk, FinishReason, Timings, TokenLogprob, Usage
 from autoglm_gguf.sampling import (
     ActionConstraint,
@@ -55,16 +57,23 @@ class Run:
         request: Fits the engine's context.
         stop: Set from any thread, it ends the answer.
         embeddings: Encoded images of earlier requests; this one's are added.
+        profit: What earlier answers taught about drafts; this one's is added.
     """
 
     def __init__(
-        self, engine: Engine, request: Request, stop: StopFlag, embeddings: EmbeddingCache
+        self,
+        engine: Engine,
+        request: Request,
+        stop: StopFlag,
+        embeddings: EmbeddingCache,
+        profit: Profit,
     ) -> None:
         self._engine, self._request, self._stop = engine, request, stop
-        self._embeddings, self._n_prompt = embeddings, request.n_prompt
+        self._embeddings, self._n_prompt, self._profit = embeddings, request.n_prompt, profit
         self._text = TextStream((*request.params.stop, *engine.info.stop_strings))
         self._sampler: Sampler | None = None
         self._constraint: Constraint | None = None
+        self._drafts: Drafts | None = None
         self._timings = Timings()
         self._rated: list[TokenLogprob] = []  # of the tokens that no chunk has told yet
         self._n_predicted = 0
@@ -81,6 +90,13 @@ class Run:
             yield self._last("", (), "cancelled")
             return
         self._sampler = self._engine.open_sampler(self._request.params)
+        drafts = self._drafts = Drafts(
+            self._engine,
+            self._sampler,
+            self._request.pieces,
+            self._request.params,
+            self._profit,
+        )
         pending: list[int] = []
         first = 0.0
         while True:
@@ -105,7 +121,7 @@ class Run:
                 pending.clear()
                 self._rated.clear()
             try:
-                self._eval_tokens(chosen)
+                drafts.follow(chosen, self._n_left(), now)
             except Stopped:
                 yield self._last("", tuple(pending), "cancelled")
                 return
@@ -115,7 +131,9 @@ class Run:
         params, show = self._request.params, self._engine.token_bytes
         if not params.logprobs:
             return []
-        own, best = find_logprobs(self._engine.logits(), chosen[0], params.top_logprobs)
+        own, best = find_logprobs(
+            self._engine.logits(self._sampler.output), chosen[0], params.top_logprobs
+        )
         top = tuple(TokenLogprob(n, show(n), logprob) for n, logprob in best)
         first = TokenLogprob(chosen[0], show(chosen[0]), own, top)
         return [first, *(TokenLogprob(token, show(token), None) for token in chosen[1:])]
@@ -164,13 +182,13 @@ class Run:
             if isinstance(piece, int):
                 tokens.append(piece)
                 continue
-            self._eval_tokens(tokens)
+            evaluate(engine, tokens)
             tokens = []
             began = time.perf_counter()
             image = self._encode(piece.key)
             image_ms += 1000 * (time.perf_counter() - began)
             engine.eval_image(image)
-        self._eval_tokens(tokens)
+        evaluate(engine, tokens)
         total_ms = 1000 * (time.perf_counter() - self._began)
         self._timings = Timings(
             image_ms,
@@ -178,11 +196,6 @@ class Run:
             cache_n=n_kept,
             prompt_ms=total_ms - image_ms,
         )
-
-    def _eval_tokens(self, tokens: Sequence[int]) -> None:
-        step = self._engine.n_batch
-        for at in range(0, len(tokens), step):
-            self._engine.eval_tokens(tokens[at : at + step])
 
     def _encode(self, key: str) -> ImageEmbedding:
         """An image of the request, by the vision tower unless it was kept."""
@@ -203,12 +216,17 @@ class Run:
             predicted_n=self._n_predicted,
             predicted_ms=self._predicted_ms,
             ttft_ms=self._ttft_ms,
+            draft_n=self._drafts.n_drafted if self._drafts else 0,
+            draft_n_accepted=self._drafts.n_accepted if self._drafts else 0,
         )
         shown += self._text.finish()
         return Chunk(shown, tokens, reason, usage, timings, tuple(self._rated))
 
     def close(self) -> None:
-        """Release the sampler and the constraint."""
+        """Release the sampler and the constraint; the engine keeps what is part of the answer."""
+        if self._drafts is not None:
+            self._drafts.finish()
+            self._drafts = None
         if self._constraint is not None:
             self._constraint.close()
             self._constraint = None

@@ -127,6 +127,10 @@ class Timings:
     """From the first token to the last, milliseconds."""
     ttft_ms: float = 0.0
     """From the request to the first token, milliseconds."""
+    draft_n: int = 0
+    """Tokens guessed from the text so far, and evaluated ahead."""
+    draft_n_accepted: int = 0
+    """Of these, those that came."""
 
     @property
     def predicted_per_second(self) -> float:

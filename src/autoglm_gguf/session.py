@@ -32,6 +32,7 @@ from autoglm_gguf.engine.content import Piece
 from autoglm_gguf.engine.images import EmbeddingCache
 from autoglm_gguf.errors import ContextFullError, EngineBusyError, EngineError, PromptError
 from autoglm_gguf.generation import Request, Run
+from autoglm_gguf.lookup import Profit
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
 from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
 from autoglm_gguf.messages import (
@@ -100,6 +101,7 @@ class AutoGLM:
         self._owner: int | None = None
         self._cancel = StopFlag()
         self._embeddings = EmbeddingCache(engine.info.image_cache_tokens)
+        self._profit = Profit()
         self._open_stream: Callable[[], Generator[Chunk, None, None] | None] = lambda: None
         self._closed = False
 
@@ -129,8 +131,9 @@ class AutoGLM:
             self_test: Compare a GPU with the CPU when it is first used with this model, and keep
                 on the CPU what it gets wrong; ``info.notes`` tells.
             **context: Fields of `ContextParams`: n_ctx, n_gpu_layers, device, n_threads, type_k,
-                type_v, flash_attn, n_batch, max_image_tokens, offload_kqv, mmproj_offload. What is
-                given is kept, the rest may be made smaller to stay within the budget.
+                type_v, flash_attn, n_batch, n_draft_max, max_image_tokens, offload_kqv,
+                mmproj_offload. What is given is kept, the rest may be made smaller to stay within
+                the budget.
                 ``n_gpu_layers="auto"``, the default, puts as many layers on a GPU as fit.
 
         Raises:
@@ -205,7 +208,7 @@ class AutoGLM:
             raw: Complete the string as it is, without the chat template.
             **sampling: Fields of `SamplingParams`: max_tokens, temperature, top_p, top_k, min_p,
                 seed, frequency_penalty, presence_penalty, repeat_penalty, stop, constrain, apps,
-                cache_prompt, logprobs, top_logprobs.
+                cache_prompt, logprobs, top_logprobs, n_draft.
 
         Returns:
             Chunks whose texts add up to the answer; the last has finish_reason, usage and timings.
@@ -420,7 +423,7 @@ class AutoGLM:
     ) -> Generator[Chunk, None, None]:
         with self._exclusive(stopped):
             self._cancel, self._open_stream = stopped, slot[0]
-            run = Run(self._engine, request, stopped, self._embeddings)
+            run = Run(self._engine, request, stopped, self._embeddings, self._profit)
             try:
                 yield from run.chunks()
             finally:

@@ -289,8 +289,10 @@ class Conversation:
         parts = {"image": usage.image_tokens, "kept": timings.cache_n}
         of_them = ", ".join(f"{n} {name}" for name, n in parts.items() if n)
         of_them = f" ({of_them})" if of_them else ""
+        drafts = f" ({timings.draft_n_accepted} of {timings.draft_n} guessed)"
+        drafts = drafts if timings.draft_n else ""
         return (
-            f"[{usage.prompt_tokens}{of_them} + {usage.completion_tokens} tokens · "
+            f"[{usage.prompt_tokens}{of_them} + {usage.completion_tokens} tokens{drafts} · "
             f"{timings.predicted_per_second:.1f} tok/s · first token {timings.ttft_ms:.0f} ms · "
             f"context left {max(0, left)} · {last.finish_reason}]"
         )

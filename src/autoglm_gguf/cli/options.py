@@ -101,6 +101,13 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="upper bound for one image (default: the model's own)",
     )
+    add(
+        "--n-draft-max",
+        type=int,
+        metavar="N",
+        help="tokens that an answer may guess from its prompt and evaluate in one batch, where that "
+        f"is faster; 0: none (default: {default.n_draft_max})",
+    )
 
 
 def _gpu_layers(text: str) -> int | str:
@@ -146,6 +153,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
         help="evaluate the whole prompt each time, also what the KV cache holds of it",
     )
     parser.add_argument(
+        "--n-draft",
+        type=int,
+        metavar="N",
+        help="guess so many tokens wherever the text repeats itself (default: as many as pay)",
+    )
+    parser.add_argument(
         "--apps", metavar="FILE", help="names that Launch may open, one a line; others cannot come"
     )
 
@@ -187,7 +200,7 @@ def memory_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The memory options as keyword arguments of `plan_memory`: only the sizes that were given."""
     keys = (
         *("n_ctx", "n_batch", "n_gpu_layers", "device", "offload_kqv", "mmproj_offload"),
-        *("type_k", "type_v", "max_image_tokens"),
+        *("type_k", "type_v", "max_image_tokens", "n_draft_max"),
     )
     chosen = {key: getattr(arguments, key) for key in keys}
     given = {key: value for key, value in chosen.items() if value is not None}

@@ -35,6 +35,8 @@ class EngineInfo:
     max_image_tokens: int | None
     image_cache_tokens: int = 0
     """Encoded images of so many image tokens may be kept for later requests."""
+    n_draft_max: int = 0
+    """Tokens that may be evaluated ahead beside a sampled one: outputs of a batch, less one."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a turn too: a stop token that a model may also write in plain letters."""
     notes: tuple[str, ...] = ()
@@ -64,8 +66,11 @@ class ImageEmbedding:
 class Sampler(Protocol):
     """Chooses tokens and remembers those that were accepted."""
 
+    output: int
+    """Which of the last batch's outputs is sampled from, the first being 0."""
+
     def sample(self, among: NDArray[np.int32] | None = None) -> int:
-        """A token from the logits of the last evaluated one, of ``among`` (ids) if given."""
+        """A token from an output's logits, of ``among`` (ids) if given."""
 
     def accept(self, token: int) -> None:
         """Remember a token as part of the answer."""
@@ -112,10 +117,15 @@ class Engine(Protocol):
     def watch(self, stop: StopFlag) -> None:
         """End evaluation with `Stopped` when a flag is set, from now on."""
 
-    def eval_tokens(self, tokens: Sequence[int]) -> None:
+    def eval_tokens(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
         """Evaluate at most `n_batch` tokens after what was evaluated so far.
 
         Whatever is raised, `content` is as it was before.
+
+        Args:
+            tokens: At least one.
+            n_outputs: After so many of the last ones a token may be sampled; ``info.n_draft_max``
+                and one at most.
 
         Raises:
             Stopped: See `watch`.

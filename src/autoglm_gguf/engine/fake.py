@@ -36,6 +36,7 @@ class FakeEngine:
         vision: Whether it takes images.
         chat_template: The template it reports; None for a plain completion model.
         stop_strings: Texts that end its turns; none for a model without ``</answer>``.
+        n_draft_max: Tokens it evaluates ahead at most.
     """
 
     n_batch = 64
@@ -49,6 +50,7 @@ class FakeEngine:
         vision: bool = True,
         chat_template: str | None = GLM_TEMPLATE,
         stop_strings: tuple[str, ...] = (END_OF_ANSWER,),
+        n_draft_max: int = 0,
     ) -> None:
         self._answer = answer
         self.content = Content()
@@ -57,8 +59,9 @@ class FakeEngine:
         self.closed = False
         self.state_facts = {MODEL: "fake", "text": "fake", MMPROJ: "fake" if vision else ""}
         """See `Engine.state_facts`; change it to pretend to be another one."""
+        self._n_outputs = 1
         self._stop = StopFlag()
-        self._sampler = FakeSampler(b"")
+        self._sampler = FakeSampler(self, b"")
         self._wanted = STOP
         self.info = EngineInfo(
             name="fake",
@@ -69,6 +72,7 @@ class FakeEngine:
             vision=_LIMITS if vision else None,
             max_image_tokens=None,
             image_cache_tokens=n_ctx,
+            n_draft_max=n_draft_max,
             stop_strings=stop_strings,
         )
 
@@ -106,12 +110,14 @@ class FakeEngine:
         """Refuse to evaluate once a flag is set."""
         self._stop = stop
 
-    def eval_tokens(self, tokens: Sequence[int]) -> None:
+    def eval_tokens(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
         """Remember tokens; refuses what the real engine refuses."""
-        if not 1 <= len(tokens) <= self.n_batch:
-            raise ValueError(f"batch of {len(tokens)} tokens")
+        most = min(len(tokens), 1 + self.info.n_draft_max)
+        if not (1 <= len(tokens) <= self.n_batch and 1 <= n_outputs <= most):
+            raise ValueError(f"batch of {len(tokens)} tokens with {n_outputs} outputs")
         self._count(len(tokens))
         self.content.add(list(tokens))
+        self._n_outputs = n_outputs
         self._wanted = self._sampler.wanted
 
     def eval_image(self, image: ImageEmbedding) -> None:
@@ -153,17 +159,30 @@ class FakeEngine:
         """A sampler that reads the script from its beginning."""
         prompt = bytes(t for t in self.evaluated if t < STOP).decode("utf-8", "replace")
         answer = self._answer if isinstance(self._answer, bytes) else self._answer(prompt)
-        self._sampler = FakeSampler(answer)
+        self._sampler = FakeSampler(self, answer)
         self._wanted = self._sampler.wanted
         return self._sampler
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
-        """5 for the token that the script wants, and less the higher the id for the others."""
-        if index not in (-1, 0):
-            raise IndexError(f"output {index} of 1")
+        """5 for the token that the script wants, and less the higher the id for the others.
+
+        Those of the output that was sampled from last; of the last batch before that.
+        """
+        if not -self._n_outputs <= index < self._n_outputs:
+            raise IndexError(f"output {index} of {self._n_outputs}")
         values = np.linspace(0, -1, self.info.n_vocab, dtype=np.float32)
         values[self._wanted] = 5
         return values
+
+    def before(self, output: int) -> tuple[Piece, ...]:
+        """What one of the last batch's outputs has seen: the pieces up to it.
+
+        Raises:
+            IndexError: The batch has no such output.
+        """
+        if not 0 <= output < self._n_outputs:
+            raise IndexError(f"output {output} of {self._n_outputs}")
+        return self.content.pieces[: len(self.content) - self._n_outputs + 1 + output]
 
     def open_grammar(self, schema: str) -> Grammar:
         """Refused: it knows no grammars.
@@ -181,15 +200,28 @@ class FakeEngine:
 class FakeSampler:
     """Wants an answer's bytes one by one, then `STOP` for ever.
 
-    What is accepted in place of the byte it wants does not move it on.
+    What is accepted in place of the byte it wants does not move it on. It refuses to sample where
+    something else was evaluated than the prompt and what was accepted.
+
+    Args:
+        engine: Has evaluated the prompt.
+        answer: The bytes.
     """
 
-    def __init__(self, answer: bytes) -> None:
-        self._answer, self._at = answer, 0
+    def __init__(self, engine: FakeEngine, answer: bytes) -> None:
+        self._engine, self._answer, self._at = engine, answer, 0
+        self._pieces = list(engine.content.pieces)
+        self.output = 0
 
     def sample(self, among: NDArray[np.int32] | None = None) -> int:
-        """The next byte, or `STOP`; the lowest of ``among`` if that is not there."""
-        wanted = self.wanted
+        """The next byte, or `STOP`; the lowest of ``among`` if that is not there.
+
+        Raises:
+            EngineError: The output is not the one after the last accepted token.
+        """
+        if list(self._engine.before(self.output)) != self._pieces:
+            raise EngineError("fake: sampled from the wrong output", hint="follow what was chosen")
+        wanted = self._engine._wanted = self.wanted
         return wanted if among is None or wanted in among else int(among.min())
 
     @property
@@ -199,6 +231,7 @@ class FakeSampler:
 
     def accept(self, token: int) -> None:
         """Move on if it is the wanted byte."""
+        self._pieces.append(token)
         self._at += self._answer[self._at : self._at + 1] == bytes([token % STOP])
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ class LlamaEngine:
         text: The text GGUF.
         mmproj: Its vision tower; None makes a text-only engine.
         params: Sizes and types; a plan's own take their place.
-        n_outputs_max: Positions per batch whose logits may be read; 1 for generation.
+        n_outputs_max: Positions per batch whose logits may be read; None: as many as drafts need.
         plan: How the pair is held; without one, all weights are copied into memory.
 
     Raises:
@@ -60,7 +60,7 @@ class LlamaEngine:
         mmproj: Path | None,
         params: ContextParams,
         *,
-        n_outputs_max: int = 1,
+        n_outputs_max: int | None = None,
         plan: MemoryPlan | None = None,
     ) -> None:
         described = describe_pair(text, mmproj)
@@ -87,7 +87,7 @@ class LlamaEngine:
                 self._model,
                 params,
                 n_threads=self._n_threads,
-                n_outputs_max=n_outputs_max,
+                n_outputs_max=params.n_outputs_max if n_outputs_max is None else n_outputs_max,
                 on_layer=self._residency.passed if self._residency and streams else None,
                 watched_layers=self._residency.watched_layers if self._residency else (),
             )
@@ -140,6 +140,7 @@ class LlamaEngine:
             vision=vision,
             max_image_tokens=params.max_image_tokens,
             image_cache_tokens=_largest_image(vision, params),
+            n_draft_max=min(params.n_draft_max, self._context.n_outputs_max - 1),
             stop_strings=(names.END_OF_ANSWER,) if ends_with_tag else (),
             notes=tuple(notes),
             path=text,
@@ -339,9 +340,10 @@ def _largest_image(limits: VisionLimits | None, params: ContextParams) -> int:
 class _LlamaSampler:
     def __init__(self, chain: SamplerChain, context: LlamaContext) -> None:
         self._chain, self._context = chain, context
+        self.output = 0
 
     def sample(self, among: NDArray[np.int32] | None = None) -> int:
-        return self._chain.sample(self._context, among)
+        return self._chain.sample(self._context, among, output=self.output)
 
     def accept(self, token: int) -> None:
         self._chain.accept(token)

@@ -198,19 +198,22 @@ class Holding:
         text, params = self.text, choice.params
         n_away = self.n_on_device(params)
         work = estimate.work_bytes(text, params) if n_away < text.n_layers else 0
-        compute = estimate.graph_bytes(text, params)
+        n_outputs = params.n_outputs_max
+        compute = estimate.graph_bytes(text, params, n_outputs=n_outputs)
         if n_away == text.n_layers:
             compute = estimate.input_bytes(text, params)
         kv_cache = estimate.kv_cache_bytes(text, params.n_ctx, params.type_k, params.type_v)
         kv_away = kv_cache * n_away // text.n_layers if params.offload_kqv else 0
         cells = f"{params.n_ctx} cells, "
         cells += "/".join(dict.fromkeys((params.type_k, params.type_v)))
+        outputs = estimate.output_bytes(text, n_outputs)
         batch = f"{min(params.n_batch, params.n_ctx)} tokens a batch"
+        logits = f"{batch}, logits of {n_outputs}"
         own = (
             ("process", self._floor_bytes, "Python and libraries"),
             ("vocabulary", estimate.vocabulary_bytes(text), f"{text.n_vocab} tokens"),
             ("kv_cache", kv_cache - kv_away, cells),
-            ("compute", compute + work + estimate.output_bytes(text), batch),
+            ("compute", compute + work + outputs, logits),
         )
         # KV cache and compute come after the weights, when what was held for loading has gone.
         later = ("kv_cache", "compute")
@@ -222,10 +225,11 @@ class Holding:
         )
         if params.n_gpu_layers:
             where = "on " + ", ".join(device.name for device in self.devices)
+            graph = estimate.device_graph_bytes(text, params, n_outputs=n_outputs)
             away = (
                 ("gpu_weights", self.device_weights_bytes(params), f"{_layers(n_away)} {where}"),
                 ("gpu_kv_cache", kv_away, f"of these layers, {where}"),
-                ("gpu_compute", estimate.device_graph_bytes(text, params), f"{batch}, {where}"),
+                ("gpu_compute", graph, f"{batch}, {where}"),
             )
             items += [
                 Item(name, n if name == "gpu_weights" else 0, n, n, reason, on_device=True)

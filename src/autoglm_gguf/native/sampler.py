@@ -70,17 +70,20 @@ class SamplerChain:
             llama.llama_sampler_chain_add(chain, link)
         return chain
 
-    def sample(self, context: LlamaContext, among: NDArray[np.int32] | None = None) -> int:
-        """Choose from the last output's logits; the penalties count it when it is accepted.
+    def sample(
+        self, context: LlamaContext, among: NDArray[np.int32] | None = None, *, output: int = -1
+    ) -> int:
+        """Choose from an output's logits; the penalties count it when it is accepted.
 
         Args:
             context: Has evaluated a batch.
             among: Ids to choose from, at least one; None means all.
+            output: Which of the batch's outputs, the last by default.
 
         Raises:
             EngineError: The logits hold NaN, which llama.cpp's samplers do not survive.
         """
-        logits = context.logits()
+        logits = context.logits(output)
         if not bool(np.isfinite(logits.max())):
             raise engine_error(
                 "model: its logits are not finite", hint="convert the checkpoint again and verify"

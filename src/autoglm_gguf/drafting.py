@@ -1,9 +1,9 @@
 """Speculation without a second model: guessed tokens, evaluated together with a sampled one.
 
-A batch gives logits after each of its tokens. Sampling walks through them as if the tokens had been
-evaluated one by one, and ends at the first that was guessed wrong; the KV cache is cut back there.
-So the answer is that of plain decoding, up to how a batch rounds. Knows an engine and a sampler; how
-a token is chosen, and when an answer ends, is the caller's matter.
+A batch gives logits after each of its tokens. Sampling walks through them as if the tokens had
+been evaluated one by one, and ends at the first that was guessed wrong; the KV cache is cut back
+there. So the answer is that of plain decoding, up to how a batch rounds. Knows an engine and a
+sampler; how a token is chosen, and when an answer ends, is the caller's matter.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Drafts:
             return
         self.finish()
         drafts = self._draft(n_left) if len(chosen) - n == 1 else []
-        self._batch = _Batch(len(drafts), self._clock() if len(chosen) - n == 1 else None)
+        self._batch = _Batch(len(chosen) - n, len(drafts), self._clock())
         if drafts:
             self._engine.eval_tokens([chosen[-1], *drafts], n_outputs=1 + len(drafts))
         else:
@@ -91,8 +91,12 @@ class Drafts:
             self._engine.keep(len(self._engine.content) - len(self._ahead))
             self._ahead = []
         batch, self._batch = self._batch, _Batch()
-        if batch.seconds is not None:
+        if batch.seconds <= 0:
+            return
+        if batch.n_chosen == 1:
             self._profit.note_batch(batch.n_drafts, batch.n_accepted, batch.seconds)
+        else:
+            self._profit.note_forced(batch.n_chosen, batch.seconds)
 
     def _learn(self, chosen: Sequence[int]) -> None:
         """Judge the guess by what came, and know it as text."""
@@ -123,18 +127,17 @@ class Drafts:
 
 @dataclass(slots=True)
 class _Batch:
-    """One token's batch, with what was drafted after it."""
+    """Chosen tokens that were evaluated together, with what was drafted after them."""
 
+    n_chosen: int = 0
     n_drafts: int = 0
-    began: float | None = None
-    """None where it is not to be timed."""
-    seconds: float | None = None
-    """Until a token was sampled from it: until then a GPU may be at work."""
+    began: float = 0.0
+    seconds: float = 0.0
+    """Until a token was sampled from it: until then a GPU may be at work. 0: not yet."""
     n_accepted: int = 0
 
     def end(self, now: float) -> None:
-        if self.began is not None and self.seconds is None:
-            self.seconds = now - self.began
+        self.seconds = self.seconds or now - self.began
 
 
 def evaluate(engine: Engine, tokens: Sequence[int]) -> None:

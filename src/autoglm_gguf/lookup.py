@@ -123,12 +123,13 @@ class Profit:
         best, best_rate = 0, _MARGIN
         if self._n_plain < _N_PLAIN:
             return 0
-        expected = chance = 1.0
+        expected = chance = worst = 1.0
         for n in range(1, n_guessed + 1):
             chance *= self._chance(n_match + n - 1)
             expected += chance
             cost = self._cost(n + 1)
-            if expected > best_rate * cost and cost - 1 <= self._credit:
+            worst = self._costs[n + 1][0] if n + 1 in self._costs else worst + 1
+            if expected > best_rate * cost and worst - 1 <= self._credit:
                 best, best_rate = n, expected / cost
         return best
 
@@ -140,6 +141,12 @@ class Profit:
             self._right[n] /= 2
         self._tried[n] += 1
         self._right[n] += was_right
+
+    def note_forced(self, n_tokens: int, seconds: float) -> None:
+        """Note what tokens cost together that were not guessed: a size's first measurement."""
+        if self._token_seconds > 0 and n_tokens not in self._costs:
+            cost = min(seconds / self._token_seconds, n_tokens)
+            self._costs[n_tokens] = (cost, self._n_batches)
 
     def note_batch(self, n_drafts: int, n_accepted: int, seconds: float) -> None:
         """Note what one sampled token and ``n_drafts`` after it cost together."""

@@ -31,9 +31,17 @@ def by_name(items: tuple[Item, ...]) -> dict[str, tuple[int, int, int]]:
 
 # 4096 cells, 8 layers, K and V of 2 heads of 64 in f16
 KV_CACHE = 4096 * 8 * 2 * 2 * 64 * 2
-# 512 tokens: three of 1536 and 8 more and four rows of 512 in f32, the f16 mask, q8_K work, logits
-COMPUTE = 512 * 4 * (3 * 1536 + 8 + 4 * 512) + 512 * 4096 * 2 + 512 * 1536 * 292 // 256 + 1000 * 4
+# 512 tokens: three of 1536 and 8 more and four rows of 512 in f32, the f16 mask, q8_K work
+GRAPH = 512 * 4 * (3 * 1536 + 8 + 4 * 512) + 512 * 4096 * 2 + 512 * 1536 * 292 // 256
+COMPUTE = GRAPH + 8 * 1000 * 4  # logits of a sampled token and seven guessed ones
 IMAGE = 3188 * 512 * 4  # 5,000,000 pixels of two frames, 28 x 28 each: 3188 tokens of 512 in f32
+
+
+@pytest.mark.parametrize(("n_draft_max", "n_outputs"), [(0, 1), (3, 4), (63, 64)])
+def test_logits_are_held_of_each_guessed_token(n_draft_max: int, n_outputs: int) -> None:
+    params = ContextParams(n_ctx=4096, n_batch=512, n_draft_max=n_draft_max)
+    items = by_name(hold().items(choose(params=params), UNBOUNDED))
+    assert items["compute"][2] == GRAPH + n_outputs * 1000 * 4
 
 
 def test_items_of_a_mapped_model_are_the_sums_made_by_hand() -> None:

@@ -105,8 +105,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         "--n-draft-max",
         type=int,
         metavar="N",
-        help="tokens that an answer may guess from its prompt and evaluate in one batch, where that "
-        f"is faster; 0: none (default: {default.n_draft_max})",
+        help="tokens that an answer may guess from its prompt and evaluate in one batch, where "
+        f"that is faster; 0: none (default: {default.n_draft_max})",
     )
 
 

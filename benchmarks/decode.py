@@ -20,7 +20,7 @@ OURS = """
 import json, sys
 from autoglm_gguf import AutoGLM
 path, n_tokens, n_threads, constrain = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-options = {"constrain": constrain} if constrain else {}
+options = {"n_draft": 0, **({"constrain": constrain} if constrain else {})}
 with AutoGLM.load(path, mmproj=None, memory_budget="none", n_ctx=512, n_threads=n_threads,
                   n_gpu_layers=0) as model:
     model.generate("warm up", raw=True, max_tokens=2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoglm_gguf.actions_grammar import compile_actions
@@ -129,11 +129,10 @@ class Run:
     def _rate(self, chosen: Sequence[int]) -> list[TokenLogprob]:
         """What the model held of these tokens: of the first one, as it was asked for no other."""
         params, show = self._request.params, self._engine.token_bytes
-        if not params.logprobs:
+        if not params.logprobs or self._sampler is None:
             return []
-        own, best = find_logprobs(
-            self._engine.logits(self._sampler.output), chosen[0], params.top_logprobs
-        )
+        logits = self._engine.logits(self._sampler.output)
+        own, best = find_logprobs(logits, chosen[0], params.top_logprobs)
         top = tuple(TokenLogprob(n, show(n), logprob) for n, logprob in best)
         first = TokenLogprob(chosen[0], show(chosen[0]), own, top)
         return [first, *(TokenLogprob(token, show(token), None) for token in chosen[1:])]

@@ -262,6 +262,12 @@ class Peer:
         found = {key: value for key, _, value in (line.partition(":") for line in lines)}
         return {key: 1024 * int(found[key].split()[0]) for key in ("VmHWM", "VmRSS")}
 
+    def cpu_seconds(self) -> float:
+        """Processor time of all its threads so far; proc(5), fields 14 and 15 of stat."""
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        fields = stat.rpartition(")")[2].split()  # from field 3 on: a name may hold spaces
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     @contextlib.contextmanager
     def in_time(self) -> Iterator[None]:
         """Kill the process when the block takes longer than it may."""

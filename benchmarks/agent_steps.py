@@ -183,7 +183,9 @@ def measure(
                 runs[name].append({"facts": peer.start(), "steps": []})
             for number, messages in enumerate(sent):
                 for name in turned(names, repeat + number):
+                    before = peers[name].cpu_seconds()
                     answer = peers[name].answer(messages)
+                    answer["cpu_s"] = peers[name].cpu_seconds() - before
                     runs[name][-1]["steps"].append(answer)
                     tell(repeat, number, name, answer)
             for name, peer in peers.items():
@@ -258,7 +260,9 @@ class Report:
         """Medians and extremes, for JSON."""
         found: dict[str, Any] = {}
         for name in self.runs:
-            found[name] = {key: spread(self.later(name, key)) for key in ("ttft_s", "total_s")}
+            found[name] = {
+                key: spread(self.later(name, key)) for key in ("ttft_s", "total_s", "cpu_s")
+            }
             if "ours" in self.runs:
                 for key in ("ttft_s", "total_s"):
                     found[name][f"{key}_times_ours"] = spread(self.ratios(name, key))
@@ -282,7 +286,7 @@ class Report:
 
     def times(self) -> str:
         ratio = "ours" in self.runs
-        head = ["", "first token, s", "× ours", "whole step, s", "× ours", "step 1, s"]
+        head = ["", "first token, s", "× ours", "whole step, s", "× ours", "CPU, s", "step 1, s"]
         head += ["peak memory", "planned"]
         rows = []
         for name, runs in self.runs.items():
@@ -290,13 +294,15 @@ class Report:
             for key in ("ttft_s", "total_s"):
                 cells.append(show(self.later(name, key), 2))
                 cells.append(show(self.ratios(name, key), 2) if ratio else "")
+            cells.append(show(self.later(name, "cpu_s"), 1))
             cells.append(show([run[0] for run in self.values(name, "total_s")], 2))
             peak = max(run["memory"]["VmHWM"] for run in runs)
             planned = runs[0]["facts"].get("planned_bytes")
             cells += [gigabytes(peak), gigabytes(planned) if planned else ""]
             rows.append(cells)
         which = f"steps 2 to {self.n_steps}" if self.n_steps > 1 else "step 1"
-        title = f"Medians of {which}, {len(next(iter(self.runs.values())))} repeats (all):"
+        n_repeats = len(next(iter(self.runs.values())))
+        title = f"Medians of {which}, repeats: {n_repeats} (smallest to largest of all):"
         return f"{title}\n\n{table(head, rows)}"
 
     def counts(self) -> str:
@@ -408,7 +414,8 @@ def introduce(
         "repacked by all; the others map the file as well, as is their default. Side by side in "
         "one run, each runtime in a process of its own."
     )
-    return f"# Steps of a phone agent\n\n{textwrap.fill(facts, 110)}\n\n    {command}"
+    facts = textwrap.fill(facts, 110, break_on_hyphens=False)
+    return f"# Steps of a phone agent\n\n{facts}\n\n    {command}"
 
 
 # ---- command line

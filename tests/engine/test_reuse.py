@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +108,6 @@ def test_ctrl_c_during_the_prompt_ends_it_and_the_model_stays_usable(random_pair
             for _ in range(1000):
                 model.generate(prompt, raw=True, max_tokens=2, cache_prompt=False)
         timer.join()
-        time.sleep(0.05)
         found = model.generate(prompt, raw=True, max_tokens=2, cache_prompt=False)
     assert (found.tokens, found.finish_reason) == (wanted, "length")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from autoglm_gguf.memory.holding import Places
 from autoglm_gguf.memory.residency import LoadWatch, Residency
 from autoglm_gguf.native import pages
 from autoglm_gguf.native.interrupts import HeldInterrupts
+from autoglm_gguf.stopping import StopFlag
 
 Pair = tuple[Path, Path]
 needs_streaming = pytest.mark.skipif(not pages.SUPPORTED, reason="weights cannot be streamed here")
@@ -45,6 +47,18 @@ def test_interrupt_is_raised_when_the_call_has_returned() -> None:
         done.append(held.ends_work)
     assert done == [True]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupt_of_one_call_does_not_end_the_next() -> None:
+    """The thread that is told of a signal may look when the next call has begun."""
+    for _ in range(20):
+        first, second = StopFlag(), StopFlag()
+        with pytest.raises(KeyboardInterrupt), HeldInterrupts(first):
+            os.kill(os.getpid(), signal.SIGINT)
+        with HeldInterrupts(second):
+            time.sleep(0.02)
+        assert first.is_set()
+        assert not second.is_set()
 
 
 def test_handler_of_the_caller_is_called_and_the_work_is_not_ended() -> None:

@@ -8,6 +8,7 @@ llama.cpp looks at.
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -66,9 +67,15 @@ class HeldInterrupts:
             return
         if self._is_relayed:
             _open_relay().end()
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._before)  # first runs `_note` if a signal waits for it
         if self._arrived:
+            if self._is_relayed:
+                _open_relay().settle()
             self._before(signal.SIGINT, None)
+
+
+_SETTLE = b"\0"  # no signal's number
+_SETTLE_SECONDS = 1.0  # for a thread that only sleeps
 
 
 class _Relay:
@@ -76,6 +83,7 @@ class _Relay:
 
     def __init__(self) -> None:
         self._flag: StopFlag | None = None
+        self._settled = threading.Event()
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         threading.Thread(target=self._work, name="interrupts", daemon=True).start()
@@ -94,14 +102,26 @@ class _Relay:
         self._flag = None
         signal.set_wakeup_fd(-1)
 
+    def settle(self) -> None:
+        """Wait until the thread has seen all that was sent: it would set the next call's flag."""
+        self._settled.clear()
+        self._write.send(_SETTLE)
+        self._settled.wait(_SETTLE_SECONDS)
+
     def _work(self) -> None:
         while numbers := self._read.recv(64):
             flag = self._flag
             if flag is not None and signal.SIGINT in numbers:
                 flag.set()
+            if _SETTLE in numbers:
+                self._settled.set()
 
 
 @cache
 def _open_relay() -> _Relay:
     """One for the process, made when it is first needed."""
     return _Relay()
+
+
+if hasattr(os, "register_at_fork"):  # a child has neither the thread nor a socket of its own
+    os.register_at_fork(after_in_child=_open_relay.cache_clear)

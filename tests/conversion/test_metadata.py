@@ -71,6 +71,7 @@ def test_text_header_holds_llama_cpps_keys(tmp_path: Path) -> None:
         EOT: ids["<|user|>"],
         EOM: ids["<|observation|>"],
         "tokenizer.ggml.padding_token_id": ids["<|endoftext|>"],
+        "tokenizer.ggml.bos_token_id": ids["<|endoftext|>"],
         "autoglm.eos_token_ids": [
             ids[t] for t in ("<|endoftext|>", "<|user|>", "<|observation|>", "</answer>")
         ],

@@ -86,7 +86,7 @@ def test_pair_with_glm46vs_tokens_equals_upstreams(tmp_path: Path) -> None:
     assert_same_tensors(ours.text, text)
     assert_same_tensors(ours.mmproj, tower)
     first, second = read_header(ours.text).metadata, read_header(text).metadata
-    for name in ("tokens", "merges", "padding_token_id"):
+    for name in ("tokens", "merges", "padding_token_id", "bos_token_id"):
         key = f"tokenizer.ggml.{name}"
         assert first[key] == second[key], key
     tokens = first["tokenizer.ggml.tokens"]

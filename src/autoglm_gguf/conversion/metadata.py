@@ -136,9 +136,12 @@ def _add_vocabulary(writer: gguf.GGUFWriter, config: ModelConfig, vocabulary: Vo
     if stops:
         writer.add_array(names.EOS_IDS, list(stops))
     writer.add_add_bos_token(False)  # the template writes [gMASK]<sop> itself
-    padding = vocabulary.ids.get("<|endoftext|>")
-    if padding is not None:
-        writer.add_pad_token_id(padding)
+    end = vocabulary.ids.get("<|endoftext|>")
+    if end is not None:
+        writer.add_pad_token_id(end)
+        # Never added to a prompt, but llama-cpp-python's image handler asks for its text, which
+        # ends the process where there is none. Upstream's converter names the same token.
+        writer.add_bos_token_id(end)
 
 
 def place_stop_tokens(eos_ids: tuple[int, ...], ids: dict[str, int]) -> dict[str, int]:

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from autoglm_gguf import DoesNotFitError, MemoryPlan, plan_memory
+from autoglm_gguf import DoesNotFitError, EngineError, MemoryPlan, plan_memory
 from autoglm_gguf.engine.base import ImageEmbedding
 from autoglm_gguf.engine.llama import LlamaEngine
-from autoglm_gguf.engine.trust import TrustStore, gather, open_trusted
+from autoglm_gguf.engine.trust import TrustStore, Verdict, gather, open_trusted
 
 pytestmark = pytest.mark.native
 
 Pair = tuple[Path, Path]
 Lie = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-SIZES = {"n_ctx": 512, "n_threads": 1}
+SIZES: dict[str, Any] = {"n_ctx": 512, "n_threads": 1}
 
 
 class Liar(LlamaEngine):
@@ -46,15 +46,18 @@ class Liar(LlamaEngine):
 class Bench:
     """Opens engines for a pair as `AutoGLM.load` does, and counts them."""
 
-    def __init__(self, pair: Pair, folder: Path, *, tower_on_device: bool = False) -> None:
+    def __init__(
+        self, pair: Pair, folder: Path, *, tower_on_device: bool = False, n_ctx: int = 512
+    ) -> None:
         self.pair, self.store = pair, TrustStore(folder)
+        self.sizes = SIZES | {"n_ctx": n_ctx}
         self.tower_on_device = tower_on_device
         self.lie: Lie | None = None
         self.image_lie: Lie | None = None
         self.opened: list[MemoryPlan] = []
 
     def replan(self, **changed: Any) -> MemoryPlan:
-        plan = plan_memory(self.pair[0], mmproj=self.pair[1], n_gpu_layers=0, **SIZES)
+        plan = plan_memory(self.pair[0], mmproj=self.pair[1], n_gpu_layers=0, **self.sizes)
         if changed.get("n_gpu_layers") == 0:
             return plan
         on_device = self.tower_on_device and changed.get("mmproj_offload", True)
@@ -80,6 +83,10 @@ class Bench:
         note = engine.info.notes[-1]
         engine.close()
         return self.opened[-1], note
+
+
+def fail(_: NDArray[np.float32]) -> NDArray[np.float32]:
+    raise EngineError("llama.cpp: the device is lost")
 
 
 def noisy(scale: float) -> Lie:
@@ -141,7 +148,18 @@ def test_device_that_cannot_see_keeps_the_text(pair: Pair, tmp_path: Path) -> No
     assert note.endswith("; images are encoded on the CPU")
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{", '{"verdict": {"text": true}}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"verdict": {"text": true}}',
+        '{"verdict": {"text": "false", "image": "false", "reason": "none"}}',
+    ],
+    ids=lambda damage: damage[:60],
+)
 def test_damaged_verdict_is_made_anew(pair: Pair, tmp_path: Path, damage: str) -> None:
     bench = Bench(pair, tmp_path)
     bench.open()
@@ -150,6 +168,33 @@ def test_damaged_verdict_is_made_anew(pair: Pair, tmp_path: Path, damage: str) -
     bench.open()
     assert len(bench.opened) == 4
     assert json.loads(kept.read_text())["verdict"]["text"] is True
+
+
+def test_verdict_that_cannot_take_its_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "key.json").mkdir()
+    TrustStore(tmp_path).keep("key", Verdict(True, True, "says the same"), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["key.json"]
+
+
+@pytest.mark.parametrize("n_ctx", [8, 16, 17, 40])
+def test_small_context_is_tested_with_what_fits(pair: Pair, tmp_path: Path, n_ctx: int) -> None:
+    bench = Bench(pair, tmp_path, n_ctx=n_ctx)
+    plan, note = bench.open()
+    assert (plan.devices, plan.context.n_ctx) == (("Lying0",), n_ctx)
+    assert note.startswith("self-test: Lying0 says what the CPU says (")
+
+
+def test_device_that_fails_in_the_test_is_not_used_and_that_is_not_kept(
+    pair: Pair, tmp_path: Path
+) -> None:
+    bench = Bench(pair, tmp_path)
+    bench.lie = fail
+    plan, note = bench.open()
+    assert (plan.devices, plan.context.n_gpu_layers) == ((), 0)
+    assert (
+        note == "self-test: Lying0 failed (llama.cpp: the device is lost); the CPU does everything"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_file_is_tested_anew(pair: Pair, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from autoglm_gguf import __version__
 from autoglm_gguf.devices import probe_devices
 from autoglm_gguf.engine.base import EngineInfo, ImageEmbedding
-from autoglm_gguf.errors import DoesNotFitError
+from autoglm_gguf.errors import DoesNotFitError, EngineError
 from autoglm_gguf.memory.plan import MemoryPlan
 from autoglm_gguf.native.library import PINNED_VERSION
 
@@ -111,12 +111,14 @@ def gather(
     """
     image = engine.encode_image(_picture(), _GRID).data if with_image else None
     engine.keep(0)
-    prompt = engine.tokenize(_PROMPT)[: min(_N_PROMPT, engine.info.n_ctx - _N_ANSWER)]
+    n_ctx = engine.info.n_ctx
+    n_answer = min(_N_ANSWER, n_ctx // 2)
+    prompt = engine.tokenize(_PROMPT)[: min(_N_PROMPT, n_ctx - n_answer)]
     for at in range(0, len(prompt), engine.n_batch):
         engine.eval_tokens(prompt[at : at + engine.n_batch])
     found: list[int] = []
     rows: list[NDArray[np.float32]] = []
-    for n in range(_N_ANSWER):
+    for n in range(n_answer):
         rows.append(engine.logits())
         found.append(int(rows[-1].argmax()) if answer is None else answer[n])
         engine.eval_tokens([found[-1]])
@@ -158,18 +160,22 @@ class TrustStore:
 
     def find(self, key: str) -> Verdict | None:
         """A verdict kept before."""
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             value = json.loads((self._folder / f"{key}.json").read_text("utf-8"))["verdict"]
-            return Verdict(bool(value["text"]), bool(value["image"]), str(value["reason"]))
+            if isinstance(value["text"], bool) and isinstance(value["image"], bool):
+                return Verdict(value["text"], value["image"], str(value["reason"]))
         return None
 
     def keep(self, key: str, verdict: Verdict, facts: dict[str, Any]) -> None:
         """Keep a verdict, with what it was about for whoever opens the file."""
-        with contextlib.suppress(OSError):
+        draft = self._folder / f".{key}.{os.getpid()}"
+        try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            draft = self._folder / f".{key}.{os.getpid()}"
             draft.write_text(json.dumps({"verdict": asdict(verdict), **facts}, indent=1), "utf-8")
             draft.replace(self._folder / f"{key}.json")
+        except OSError:
+            with contextlib.suppress(OSError):
+                draft.unlink()
 
 
 def about(plan: MemoryPlan, files: Sequence[Path | None]) -> dict[str, Any]:
@@ -225,10 +231,9 @@ def open_trusted(
             cpu = gather(alone, with_image=plan.tower_on_device)
         finally:
             alone.close()
-        engine = open_engine(plan)
-        device = gather(engine, with_image=plan.tower_on_device, answer=cpu.answer)
-        verdict = compare(cpu, device, ", ".join(plan.devices))
-        store.keep(key, verdict, facts)
+        engine, verdict = _test(plan, cpu, open_engine)
+        if engine is not None:
+            store.keep(key, verdict, facts)
     note = f"self-test: {verdict.reason}"
     if not (verdict.text and verdict.image):
         if engine is not None:
@@ -239,6 +244,22 @@ def open_trusted(
     engine = engine or open_engine(plan)
     engine.add_note(note)
     return engine
+
+
+def _test(
+    plan: MemoryPlan, cpu: Evidence, open_engine: Callable[[MemoryPlan], E]
+) -> tuple[E | None, Verdict]:
+    """An engine on the device, and its verdict; None in its place if the device failed."""
+    name = ", ".join(plan.devices)
+    engine: E | None = None
+    try:
+        engine = open_engine(plan)
+        device = gather(engine, with_image=plan.tower_on_device, answer=cpu.answer)
+    except EngineError as error:
+        if engine is not None:
+            engine.close()
+        return None, Verdict(False, False, f"{name} failed ({error.message})")
+    return engine, compare(cpu, device, name)
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoglm_gguf.actions_grammar import compile_actions
@@ -58,6 +58,7 @@ class Run:
         stop: Set from any thread, it ends the answer.
         embeddings: Encoded images of earlier requests; this one's are added.
         profit: What earlier answers taught about drafts; this one's is added.
+        clock: Seconds.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Run:
         stop: StopFlag,
         embeddings: EmbeddingCache,
         profit: Profit,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine, self._request, self._stop = engine, request, stop
         self._embeddings, self._n_prompt, self._profit = embeddings, request.n_prompt, profit
@@ -78,7 +80,7 @@ class Run:
         self._rated: list[TokenLogprob] = []  # of the tokens that no chunk has told yet
         self._n_predicted = 0
         self._predicted_ms = self._ttft_ms = 0.0
-        self._began = time.perf_counter()
+        self._clock, self._began = clock, clock()
 
     def chunks(self) -> Iterator[Chunk]:
         """Evaluate the prompt, then sample to the end; the last chunk has a finish_reason."""
@@ -96,12 +98,13 @@ class Run:
             self._request.pieces,
             self._request.params,
             self._profit,
+            self._clock,
         )
         pending: list[int] = []
         first = 0.0
         while True:
             chosen, shown, reason = self._choose(), "", None
-            now = time.perf_counter()
+            now = self._clock()
             ratings = self._rate(chosen)
             first = first or now
             self._predicted_ms, self._ttft_ms = 1000 * (now - first), 1000 * (first - self._began)
@@ -183,12 +186,12 @@ class Run:
                 continue
             evaluate(engine, tokens)
             tokens = []
-            began = time.perf_counter()
+            began = self._clock()
             image = self._encode(piece.key)
-            image_ms += 1000 * (time.perf_counter() - began)
+            image_ms += 1000 * (self._clock() - began)
             engine.eval_image(image)
         evaluate(engine, tokens)
-        total_ms = 1000 * (time.perf_counter() - self._began)
+        total_ms = 1000 * (self._clock() - self._began)
         self._timings = Timings(
             image_ms,
             prompt_n=self._n_prompt - n_kept,

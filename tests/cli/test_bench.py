@@ -159,6 +159,17 @@ def test_compare_prints_ratios_and_differences(
     assert read_report(Path(paths[0])).complete
 
 
+@pytest.mark.parametrize("option", ["--plot", "--save"])
+def test_compare_writes_no_file(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = tmp_path / "a.json"
+    write_report(a, make_report())
+    assert main(["bench", "--compare", str(a), str(a), option, str(tmp_path / "p.png")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option}: writes what is measured")
+    assert list(tmp_path.iterdir()) == [a]
+
+
 def test_compared_file_cannot_move_the_cursor(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

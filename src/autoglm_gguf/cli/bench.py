@@ -58,6 +58,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.compare is not None:
         if arguments.model is not None:
             raise ValueError("--compare: takes two saved benches and no MODEL")
+        for option, path in (("--plot", arguments.plot), ("--save", arguments.save)):
+            if path is not None:
+                raise ValueError(f"{option}: writes what is measured (--compare measures nothing)")
         _compare(*arguments.compare, as_json=arguments.json)
         return
     layers = _layers(arguments)

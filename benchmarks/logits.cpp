@@ -16,7 +16,7 @@
 #include "llama.h"
 #include "mtmd.h"
 
-static const int N_THREADS = 2;
+static const int N_THREADS = 1;  // emulated, on shared cores, two mostly wait for each other
 
 [[noreturn]] static void fail(const std::string & what) {
     std::fprintf(stderr, "logits: %s\n", what.c_str());

@@ -1,14 +1,15 @@
-"""From checkpoint to answer: converts the embedded checkpoint and asks it three things."""
+"""From checkpoint to answer: converts the embedded checkpoint, asks it, and lets it tap."""
 
 from pathlib import Path
 
 from autoglm_gguf import AutoGLM, convert
+from autoglm_gguf.annotate import annotate
 from autoglm_gguf.cli.output import ProgressLine, dim
+from autoglm_gguf.evaluate.screens import draw_screen, held_out_tasks
 from autoglm_gguf.hub import embedded_checkpoint
 from autoglm_gguf.units import format_bytes
 
 OUT = Path("out")
-SCREEN = Path(__file__).parent / "screen.png"
 
 
 def main() -> None:
@@ -29,12 +30,15 @@ def main() -> None:
                 speed = f"{chunk.timings.predicted_per_second:.0f} tok/s"
                 print(dim(f"\n[{chunk.usage.completion_tokens} tokens, {speed}]"))
 
-        task = "Open Settings"
-        print(f"\n> act: {task!r} on {SCREEN.name}")
-        step = model.act(task, SCREEN)
-        print(f"thinking: {step.thinking}\naction:   {step.action.render()}")
-        ms = step.timings.ttft_ms
-        print(dim(f"[{step.usage.image_tokens} image tokens, first token after {ms:.0f} ms]"))
+        for number, task in enumerate(held_out_tasks(6)[-2:], 1):
+            screen, path = draw_screen(task.screen), OUT / f"tap-{number}.png"
+            print(f"\n> act: {task.text!r} on a screen it has never seen")
+            step = model.act(task.text, screen)
+            print(f"thinking: {step.thinking}\naction:   {step.action.render()}")
+            annotate(screen, step.action).save(path)
+            ms = step.timings.ttft_ms
+            print(f"drawn:    {path}")
+            print(dim(f"[{step.usage.image_tokens} image tokens, first token after {ms:.0f} ms]"))
 
 
 if __name__ == "__main__":

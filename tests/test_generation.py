@@ -217,3 +217,6 @@ def test_thinking_before_an_action_is_ended_too_where_no_tag_marks_it() -> None:
 def test_token_budget_gives_the_sizes_of_a_context() -> None:
     assert TokenBudget(3000, 1024, 200, 100).sizes() == {"n_ctx": 4324, "max_image_tokens": 1024}
     assert TokenBudget(prompt=3000).sizes() == {}
+    without_image = TokenBudget(prompt=3000, answer=100)
+    assert without_image.sizes() == {}, "an image of any size may come"
+    assert without_image.sizes(with_images=False) == {"n_ctx": 3100}

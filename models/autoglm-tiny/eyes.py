@@ -52,7 +52,7 @@ class Plan:
     seed: int
     tower_steps: int = 1200
     language_steps: int = 1600
-    settle_steps: int = 500
+    settle_steps: int = 320
     grids: tuple[tuple[int, int], ...] = ((4, 8), (6, 12))  # columns and rows of image tokens
     grid_shares: tuple[float, ...] = (0.8, 0.2)  # of the steps
     pool: int = 3000  # screens of the first grid; of the others by their share

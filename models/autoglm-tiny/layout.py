@@ -286,7 +286,8 @@ def preprocessor_config() -> dict[str, Any]:
     return {
         "image_processor_type": "Glm4vImageProcessor",
         "processor_class": "Glm4vProcessor",
-        "size": {"shortest_edge": 12544, "longest_edge": 1204224},
+        # At most 72 image tokens: what it has learned to see.
+        "size": {"shortest_edge": 12544, "longest_edge": 112896},
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,

@@ -107,10 +107,15 @@ class TokenBudget:
             if value is not None and value < least:
                 raise ValueError(f"token budget, {name} {value}: at least {least}")
 
-    def sizes(self) -> dict[str, int]:
-        """Fields of `ContextParams` that follow: n_ctx from prompt and answer, max_image_tokens."""
+    def sizes(self, *, with_images: bool = True) -> dict[str, int]:
+        """Fields of `ContextParams` that follow: max_image_tokens, and n_ctx where all is bounded.
+
+        Args:
+            with_images: Images may come; where their size is not bounded, n_ctx is not either.
+        """
         found: dict[str, int] = {}
-        if self.prompt is not None and self.answer is not None:
+        bounded = self.image is not None or not with_images
+        if self.prompt is not None and self.answer is not None and bounded:
             found["n_ctx"] = max(8, self.prompt + (self.image or 0) + self.n_generated)
         if self.image is not None:
             found["max_image_tokens"] = self.image

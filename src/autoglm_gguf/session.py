@@ -126,8 +126,8 @@ class AutoGLM:
                 decode: bytes, ``"4GB"``, ``"4GiB"``, or ``"none"``; see `plan_memory`.
             content_format: ``openai`` renders as transformers does, ``string`` as the official
                 server does (image, line break, text).
-            token_budget: How n_ctx is shared out. Where it bounds prompt and answer, n_ctx is their
-                sum; where it bounds images, max_image_tokens is that; unless these are given.
+            token_budget: How n_ctx is shared out. Where it bounds prompt, image (of a model that
+                takes any) and answer, n_ctx is their sum, unless it is given.
             self_test: Compare a GPU with the CPU when it is first used with this model, and keep
                 on the CPU what it gets wrong; ``info.notes`` tells.
             **context: Fields of `ContextParams`: n_ctx, n_gpu_layers, device, n_threads, type_k,
@@ -146,7 +146,7 @@ class AutoGLM:
         """
         from autoglm_gguf.engine.loading import load_engine
 
-        context = token_budget.sizes() | context
+        context = token_budget.sizes(with_images=mmproj is not None) | context
         engine = load_engine(model, mmproj, memory_budget, self_test=self_test, context=context)
         return cls(engine, content_format=content_format, token_budget=token_budget)
 

@@ -337,6 +337,12 @@ def tensor_name(tensor: int) -> bytes:
     return name
 
 
+def operation_name(tensor: int) -> bytes:
+    """What computes a live ``ggml_tensor``, such as ``MUL_MAT``."""
+    name: bytes = _lib().ggml_op_desc(tensor)
+    return name
+
+
 _DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
 _SMALL_GRAPH_BYTES = 1 << 20  # metadata of a default graph and a handful of tensors
 _REPACK_ROWS = 64  # a multiple of every row interleaving ggml has
@@ -428,6 +434,7 @@ def _lib() -> ctypes.CDLL:
         "ggml_build_forward_expand": (None, [pointer, pointer]),
         "ggml_get_data": (pointer, [pointer]),
         "ggml_get_name": (ctypes.c_char_p, [pointer]),
+        "ggml_op_desc": (ctypes.c_char_p, [pointer]),
         "ggml_backend_dev_count": (size, []),
         "ggml_backend_dev_get": (pointer, [size]),
         "ggml_backend_dev_get_props": (None, [pointer, ctypes.POINTER(_DeviceProps)]),

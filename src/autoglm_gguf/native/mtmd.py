@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoglm_gguf.native.ggml import device_handle
+from autoglm_gguf.native.ggml import device_handle, operation_name
 from autoglm_gguf.native.library import clear_errors, engine_error, load_llama, load_mtmd
 from autoglm_gguf.native.llama import LlamaModel
 from autoglm_gguf.stopping import StopFlag, Stopped
+
+
+_LONG_OPERATIONS = (b"MUL_MAT", b"FLASH_ATTN_EXT")
 
 
 class VisionTower:
@@ -57,8 +60,8 @@ class VisionTower:
         params.warmup = False  # it would reserve 496 MiB whatever the limit
         params.image_min_tokens = 1  # the caller has already chosen the size
         params.image_max_tokens = max_image_tokens
-        # The tower's backend takes no abort callback: asked for every node, this one ends the graph
-        # between any two. It runs a hundred times a second, not for every token.
+        # The tower's backend takes no abort callback: this one ends the graph after any of the nodes
+        # that take long. Asked for all of them, it would cost a twentieth of the time.
         self._callback = load_llama().ggml_backend_sched_eval_callback(self._on_node)
         params.cb_eval = self._callback
         clear_errors()
@@ -69,8 +72,10 @@ class VisionTower:
             self.close()
             raise engine_error(f"{path.name}: holds no vision tower")
 
-    def _on_node(self, _tensor: int, ask: bool, _data: Any) -> bool:
-        return ask or not self._stop.is_set()  # no to "ask" would let all that is left run at once
+    def _on_node(self, tensor: int, ask: bool, _data: Any) -> bool:
+        if ask:  # whether to come back after this node, and those before it that were not wanted
+            return operation_name(tensor) in _LONG_OPERATIONS
+        return not self._stop.is_set()
 
     def encode(
         self, pixels: NDArray[np.uint8], grid: tuple[int, int], stop: StopFlag | None = None

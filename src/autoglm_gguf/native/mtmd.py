@@ -18,7 +18,6 @@ from autoglm_gguf.native.library import clear_errors, engine_error, load_llama, 
 from autoglm_gguf.native.llama import LlamaModel
 from autoglm_gguf.stopping import StopFlag, Stopped
 
-
 _LONG_OPERATIONS = (b"MUL_MAT", b"FLASH_ATTN_EXT")
 
 

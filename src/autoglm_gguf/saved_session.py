@@ -67,7 +67,7 @@ class _Image(_Checked):
 
 class _Message(_Checked):
     role: Role
-    content: str | list[_Text | _Image]
+    content: str | Annotated[list[_Text | _Image], Field(max_length=10_000)]
 
 
 class _ImageCells(_Checked):
@@ -90,7 +90,7 @@ class _Session(_Checked):
     model: _Name
     """`MODEL` of the facts."""
     system: str | None
-    messages: list[_Message]
+    messages: list[_Message] = Field(max_length=100_000)
     state: _State | None
 
 

@@ -263,3 +263,28 @@ def test_cancel_stops_between_batches(
         answer = model.generate("a" * 400, raw=True)
         assert (answer.finish_reason, answer.text, engine.n_calls) == ("cancelled", "", 2)
         assert model.generate("打开微信").text == SAID
+
+
+@pytest.mark.parametrize("n_gpu_layers", [1, ALL])
+def test_saved_session_goes_on_after_a_restart(
+    tiny_pair: Callable[[str], tuple[Path, Path]], device: str, n_gpu_layers: int, tmp_path: Path
+) -> None:
+    text, mmproj = tiny_pair("q8_0")
+    sizes: dict[str, Any] = {"n_ctx": 1024, "max_image_tokens": 64, "device": device}
+
+    def load(n: int) -> AutoGLM:
+        return AutoGLM.load(text, mmproj=mmproj, self_test=False, n_gpu_layers=n, **sizes)
+
+    with load(n_gpu_layers) as model:
+        chat = model.chat()
+        chat.send("Open Settings", image=SCREEN, max_tokens=24)
+        chat.save(tmp_path / "a")
+        wanted = chat.send("打开微信", max_tokens=24)
+    with load(n_gpu_layers) as model:
+        found = model.load_chat(tmp_path / "a").send("打开微信", max_tokens=24)
+    assert found.tokens == wanted.tokens
+    assert found.timings.cache_n == wanted.timings.cache_n > 64
+    with load(0) as model:
+        assert f"n_gpu_layers: {n_gpu_layers} when saved, 0 now" in str(
+            model.load_chat(tmp_path / "a").notes
+        )

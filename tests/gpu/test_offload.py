@@ -277,11 +277,11 @@ def test_saved_session_goes_on_after_a_restart(
 
     with load(n_gpu_layers) as model:
         chat = model.chat()
-        chat.send("Open Settings", image=SCREEN, max_tokens=24)
+        chat.send("Open Settings", image=SCREEN, max_tokens=6)
         chat.save(tmp_path / "a")
-        wanted = chat.send("打开微信", max_tokens=24)
+        wanted = chat.send("打开微信", max_tokens=6)
     with load(n_gpu_layers) as model:
-        found = model.load_chat(tmp_path / "a").send("打开微信", max_tokens=24)
+        found = model.load_chat(tmp_path / "a").send("打开微信", max_tokens=6)
     assert found.tokens == wanted.tokens
     assert found.timings.cache_n == wanted.timings.cache_n > 64
     with load(0) as model:

@@ -202,30 +202,35 @@ def answer(
 
 
 def measure(engine: LedEngine, name: str, arguments: argparse.Namespace) -> str:
-    """A row of the table: speeds of both, and the ratio of each turn."""
-    spent: dict[bool, list[float]] = {False: [], True: []}
-    n_drafts = n_right = n_tokens = 0
+    """A row of the table: the ratio of median times, and that of each turn."""
     jobs = list(CASES[name](engine, arguments.answers))
     clock = time.thread_time if arguments.threads == 1 else time.perf_counter
+    spent: dict[tuple[bool, int], list[float]] = {}
+    n_drafts = n_right = n_tokens = 0
+    ratios: list[float] = []
     for turn in range(arguments.turns):
-        for drafts in (False, True) if turn % 2 == 0 else (True, False):
-            profit, took = Profit(), 0.0
-            for job in jobs:
+        profit = Profit()
+        for at, job in enumerate(jobs):
+            for drafts in (False, True) if (turn + at) % 2 == 0 else (True, False):
                 timings = answer(engine, job, profit, arguments.n_draft if drafts else 0, clock)
-                took += timings.predicted_ms / max(1, timings.predicted_n - 1)
+                spent.setdefault((drafts, at), []).append(timings.predicted_ms)
                 n_tokens += timings.predicted_n * drafts
                 n_drafts += timings.draft_n
                 n_right += timings.draft_n_accepted
-            spent[drafts].append(took)
-        ratio = spent[False][-1] / spent[True][-1]
-        print(f"{name}, turn {turn + 1}: {ratio:.3f}", file=sys.stderr, flush=True)
-    ratios = [plain / drafted for plain, drafted in zip(spent[False], spent[True], strict=True)]
-    whole = sum(spent[False]) / sum(spent[True])
+        ratios.append(_total(spent, drafts=False, turn=-1) / _total(spent, drafts=True, turn=-1))
+        print(f"{name}, turn {turn + 1}: {ratios[-1]:.3f}", file=sys.stderr, flush=True)
+    middle = {key: [statistics.median(times)] for key, times in spent.items()}
+    whole = _total(middle, drafts=False) / _total(middle, drafts=True)
     return (
         f"| {name} | {n_tokens // arguments.turns} | {whole:.3f} | {statistics.median(ratios):.3f} "
         f"({min(ratios):.3f} to {max(ratios):.3f}) | {n_right / n_tokens:.2f} | "
         f"{n_right} of {n_drafts} |"
     )
+
+
+def _total(spent: dict[tuple[bool, int], list[float]], *, drafts: bool, turn: int = 0) -> float:
+    """Milliseconds of all answers."""
+    return sum(times[turn] for (drafted, _), times in spent.items() if drafted == drafts)
 
 
 def main() -> None:

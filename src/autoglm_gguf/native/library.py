@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from autoglm_gguf.errors import EngineError, NativeLibraryError
+from autoglm_gguf.stopping import StopFlag
 
 PINNED_VERSION = "0.3.36"
 LLAMA_CPP_COMMIT = "0c1e57098bba43ac29e6e3b677cdceebdd22334f"
@@ -45,6 +46,7 @@ _DEBIAN_PACKAGES = {
 }
 _reports: list[dict[tuple[str, str], int]] = []
 _lock = threading.Lock()
+_thread = threading.local()
 
 
 @cache
@@ -115,8 +117,13 @@ def buffer_report() -> Iterator[dict[tuple[str, str], int]]:
         _reports.remove(found)
 
 
-def clear_errors() -> None:
-    """Forget the error lines seen so far; call before an operation that may fail."""
+def clear_errors(stop: StopFlag | None = None) -> None:
+    """Forget the error lines seen so far; call before an operation that may fail.
+
+    Args:
+        stop: What llama.cpp says in this thread once it is set is no error: it was ended early.
+    """
+    _thread.stop = stop
     with _lock:
         _last_errors.clear()
 
@@ -207,6 +214,9 @@ def _on_log(level: int, text: bytes, _user_data: Any) -> None:
     line = text.decode("utf-8", "replace").rstrip("\n")
     if level != _CONTINUED:
         _last_level = _LEVELS.get(level, logging.DEBUG)
+    stop = getattr(_thread, "stop", None)
+    if stop is not None and stop.is_set():
+        _last_level = logging.INFO
     if _last_level >= logging.ERROR and line:
         with _lock:
             _last_errors.append(line.strip())

@@ -389,7 +389,7 @@ class LlamaContext:
         batch.embd = _as(embeddings, ctypes.c_float)
         batch.pos = _as(positions, ctypes.c_int32)
         batch.logits = _as(wanted, ctypes.c_int8)
-        clear_errors()
+        clear_errors(self._stop)
         status = int(self._llama.llama_decode(self.handle, batch))
         if self._stop.is_set():  # status 2; or 0, where `_on_node` ended the graph
             raise Stopped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -381,6 +382,57 @@ def test_close_ends_a_stream_that_is_still_open() -> None:
         next(stream)
     assert engine.closed
     assert list(stream) == []
+
+
+def test_close_refuses_those_who_wait_and_answers_none_of_them() -> None:
+    engine = FakeEngine(b"abc" * 100)
+    model = AutoGLM(engine)
+    stream = model.stream("x", raw=True)
+    next(stream)
+    said: list[str] = []
+
+    def ask() -> None:
+        try:
+            said.append(model.generate("y" * 1000, raw=True, max_tokens=1).text)
+        except EngineError as error:
+            said.append(error.message)
+
+    waiting = [threading.Thread(target=ask) for _ in range(5)]
+    closers = [threading.Thread(target=model.close) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(0.01)
+    for thread in closers:
+        thread.start()
+    time.sleep(0.01)
+    assert list(stream)[-1].finish_reason == "cancelled"
+    for thread in (*waiting, *closers):
+        thread.join(10)
+    assert said == ["model: closed"] * 5
+    assert engine.closed
+    assert engine.n_evaluated < 1000
+
+
+def test_close_by_two_threads_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    model = AutoGLM(engine)
+    both = threading.Barrier(2)
+    monkeypatch.setattr(model, "cancel", lambda: both.wait(10))  # both are past the first look
+    errors: list[BaseException] = []
+
+    def close() -> None:
+        try:
+            model.close()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=close) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert errors == []
+    assert engine.closed
 
 
 def test_close_from_another_thread_cancels_the_answer() -> None:

@@ -103,7 +103,7 @@ class AutoGLM:
         self._embeddings = EmbeddingCache(engine.info.image_cache_tokens)
         self._profit = Profit()
         self._open_stream: Callable[[], Generator[Chunk, None, None] | None] = lambda: None
-        self._closed = False
+        self._closing = self._closed = False
 
     @classmethod
     def load(
@@ -351,18 +351,22 @@ class AutoGLM:
         self._cancel.set()
 
     def close(self) -> None:
-        """Free weights, KV cache and vision tower; a stream that is still open is closed first."""
-        if self._closed:
-            return
+        """Free weights, KV cache and vision tower; a stream that is still open is closed first.
+
+        Requests that wait are refused. A stream that another thread is reading is cancelled, and
+        this waits until that thread has read its last chunk or dropped it.
+        """
+        self._closing = True
         self.cancel()
         if self._owner == threading.get_ident():
             stream = self._open_stream()
             if stream is not None:
                 stream.close()
-        with self._exclusive():
-            self._closed = True
-            self._embeddings.clear()
-            self._engine.close()
+        with _Turn(self, closes=True):
+            if not self._closed:
+                self._closed = True
+                self._embeddings.clear()
+                self._engine.close()
 
     def __enter__(self) -> AutoGLM:
         return self
@@ -436,10 +440,13 @@ class _Turn:
     Args:
         model: Whose engine.
         stopped: Set from outside, it ends the waiting.
+        closes: Of a model that takes no other requests any more.
     """
 
-    def __init__(self, model: AutoGLM, stopped: StopFlag | None) -> None:
-        self._model, self._stopped = model, stopped
+    def __init__(
+        self, model: AutoGLM, stopped: StopFlag | None = None, *, closes: bool = False
+    ) -> None:
+        self._model, self._stopped, self._closes = model, stopped, closes
 
     def __enter__(self) -> None:
         model = self._model
@@ -448,10 +455,17 @@ class _Turn:
         while not model._lock.acquire(timeout=_WAIT_SECONDS):
             if self._stopped is not None and self._stopped.is_set():
                 raise EngineBusyError(f"{model.info.name}: cancelled while another answer ran")
-        if model._closed:
+            self._check()
+        try:
+            self._check()
+        except EngineError:
             model._lock.release()
-            raise EngineError("model: closed", hint="load it again")
+            raise
         model._owner = threading.get_ident()
+
+    def _check(self) -> None:
+        if self._model._closing and not self._closes:
+            raise EngineError("model: closed", hint="load it again")
 
     def __exit__(self, *_: object) -> None:
         self._model._owner = None

@@ -59,8 +59,8 @@ class VisionTower:
         params.warmup = False  # it would reserve 496 MiB whatever the limit
         params.image_min_tokens = 1  # the caller has already chosen the size
         params.image_max_tokens = max_image_tokens
-        # The tower's backend takes no abort callback: this one ends the graph after any of the nodes
-        # that take long. Asked for all of them, it would cost a twentieth of the time.
+        # The tower's backend takes no abort callback: this one ends the graph after any of the long
+        # nodes. Asked for all of them, it cost a twentieth of the time.
         self._callback = load_llama().ggml_backend_sched_eval_callback(self._on_node)
         params.cb_eval = self._callback
         clear_errors()

@@ -79,7 +79,7 @@ static void print_embeddings(const char * path, const char * mmproj, unsigned wi
     if (std::fread(pixels.data(), 1, pixels.size(), stdin) != pixels.size()) {
         fail("stdin: fewer than 3 * WIDTH * HEIGHT bytes");
     }
-    llama_model * model = load(path, false, true);  // libmtmd needs the vocabulary alone
+    llama_model * model = load(path, false, false);  // libmtmd needs the vocabulary, we the width
     mtmd_context_params params = mtmd_context_params_default();
     params.use_gpu   = false;
     params.n_threads = N_THREADS;

@@ -153,6 +153,18 @@ def test_batches_of_forced_tokens_tell_what_a_size_costs() -> None:
     assert profit.n_drafts(8, 3) == 3, "what was measured with drafts, or first, stays"
 
 
+def test_larger_batches_are_hoped_to_be_cheap_where_smaller_ones_are() -> None:
+    """As with streamed weights, which are read once for all tokens of a batch."""
+    sizes = []
+    for cost in (1.02, 1.25):
+        profit = seasoned()
+        convince(profit, 15, 15)
+        for _ in range(8):
+            profit.note_batch(1, 1, PLAIN * cost)
+        sizes.append(profit.n_drafts(8, 7))
+    assert sizes == [4, 1]
+
+
 def test_pause_of_the_machine_moves_the_time_of_a_token_little() -> None:
     profit = seasoned(10)
     convince(profit, 100)

@@ -93,7 +93,7 @@ _ALLOWANCE = 0.01  # of the time spent without drafts, what trying them out may 
 _FIRST_CREDIT = 1.0  # in tokens' time: the first try needs no savings
 _MOST_CREDIT = 8.0
 _MARGIN = 1.05  # what a draft must be expected to gain, since sampling its tokens takes time too
-_HOPE = 0.25  # of a token's time: what one more in a batch costs where it was not measured yet
+_HOPE = 0.25  # of a token's time: what one more in a batch is hoped to cost, until it is measured
 _LASTS = 500  # batches for which a size that does not pay is left alone
 _N_PLAIN = 3  # tokens without drafts to be timed before the first draft
 _WINDOW = 32.0  # guesses that an estimate remembers
@@ -116,6 +116,7 @@ class Profit:
         self._token_seconds = 0.0
         self._n_plain = self._n_batches = 0
         self._costs: dict[int, tuple[float, int]] = {}  # by size, in tokens' time; when measured
+        self._hope = _HOPE
         self._credit = _FIRST_CREDIT
 
     def n_drafts(self, n_match: int, n_guessed: int) -> int:
@@ -145,8 +146,7 @@ class Profit:
     def note_forced(self, n_tokens: int, seconds: float) -> None:
         """Note what tokens cost together that were not guessed: a size's first measurement."""
         if self._token_seconds > 0 and n_tokens not in self._costs:
-            cost = min(seconds / self._token_seconds, n_tokens)
-            self._costs[n_tokens] = (cost, self._n_batches)
+            self._learn_cost(n_tokens, min(seconds / self._token_seconds, n_tokens))
 
     def note_batch(self, n_drafts: int, n_accepted: int, seconds: float) -> None:
         """Note what one sampled token and ``n_drafts`` after it cost together."""
@@ -163,8 +163,14 @@ class Profit:
             size = n_drafts + 1
             cost = min(seconds / known, size)
             before, _ = self._costs.get(size, (cost, 0))
-            self._costs[size] = (before + _WEIGHT * (cost - before), self._n_batches)
+            self._learn_cost(size, before + _WEIGHT * (cost - before))
             self._credit = min(self._credit + n_accepted + 1 - cost, _MOST_CREDIT)
+
+    def _learn_cost(self, size: int, cost: float) -> None:
+        self._costs[size] = (cost, self._n_batches)
+        # Where batches are nearly free, as with streamed weights, larger ones will be too.
+        slopes = [(cost - 1) / (size - 1) for size, (cost, _) in self._costs.items()]
+        self._hope = max(0.0, min(_HOPE, *slopes))
 
     def _chance(self, n_match: int) -> float:
         n = min(n_match, _LONGEST)
@@ -172,6 +178,6 @@ class Profit:
 
     def _cost(self, size: int) -> float:
         """Of a batch, in the time of one token."""
-        hope = 1 + _HOPE * (size - 1)
+        hope = 1 + self._hope * (size - 1)
         cost, measured = self._costs.get(size, (hope, 0))
         return cost if self._n_batches - measured < _LASTS else min(cost, hope)

@@ -23,7 +23,7 @@ def open_chain(n_vocab: int, **sampling: Any) -> SamplerChain:
 
 
 def context(logits: NDArray[np.float32]) -> Any:
-    return SimpleNamespace(logits=lambda: logits)
+    return SimpleNamespace(logits=lambda _output=-1: logits)
 
 
 def penalised(

@@ -13,7 +13,7 @@ from autoglm_gguf import convert
 pytestmark = [pytest.mark.reference, pytest.mark.slow]
 
 TINY = Path(__file__).parents[2] / "models" / "autoglm-tiny"
-STEPS = ("--tower-steps", "2", "--language-steps", "4", "--pool", "9")
+STEPS = ("--tower-steps", "2", "--language-steps", "4", "--settle-steps", "2", "--pool", "9")
 SAVING = ("--checkpoint-seconds", "0", "--log-steps", "1")  # after every step
 
 

@@ -118,20 +118,17 @@ class Cells:
 
     def check(self) -> None:
         """The KV cache, our count of it and `content` agree, once it has followed."""
-        self._agree(self._context.n_past)
         self._engine._follow()
         content = self._engine.content
-        self._agree(content.n_cells)
-        assert self._context.position == content.position
+        empty = 16  # bytes of a state without cells
+        n_cells = content.n_cells
+        wanted = self._first + (n_cells - 1) * self._each if n_cells else empty
+        assert self._state_bytes() == wanted
+        assert (self._context.n_past, self._context.position) == (n_cells, content.position)
         memory = self._llama.llama_get_memory(self._context.handle)
         last = int(self._llama.llama_memory_seq_pos_max(memory, 0))
         # All cells of an image carry its first position on the axis that llama.cpp looks at.
         assert last == (content._held[-2][2] if len(content) > 1 else len(content) - 1)
-
-    def _agree(self, n_cells: int) -> None:
-        empty = 16  # bytes of a state without cells
-        wanted = self._first + (n_cells - 1) * self._each if n_cells else empty
-        assert self._state_bytes() == wanted
 
 
 @dataclass
@@ -210,8 +207,9 @@ class Steps:
             options |= {"constrain": "action", "max_tokens": 60}
         elif kind < 0.25:
             options |= {"constrain": SCHEMA, "max_tokens": 24}
+        options["n_draft"] = rng.choice([None, 0, 3])
         if rng.random() < 0.1:
-            options["cache_prompt"] = False
+            options |= {"cache_prompt": False, "n_draft": None}
         if rng.random() < 0.3 and not with_image:
             text = " ".join(rng.choices(self._words, k=rng.choice([1, 4, 30])))
             return Request(text, {**options, "raw": True})
@@ -327,7 +325,7 @@ class Steps:
         cut = answer.finish_reason == "cancelled"
         engine = self._tested.open(RememberingEngine)
         with AutoGLM(engine) as fresh:
-            wanted = fresh.generate(request.prompt, **request.options)
+            wanted = fresh.generate(request.prompt, **{**request.options, "n_draft": 0})
         self._tally.n_cut += cut
         self._tally.n_answers += not cut
         self._tally.n_tokens += len(answer.tokens)

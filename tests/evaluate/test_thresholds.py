@@ -39,7 +39,7 @@ def test_page_states_the_thresholds_of_logits() -> None:
     stated = table("Logits")
     assert {kind: cells[0] for kind, cells in stated.items()} == LOWEST_COSINE
     for required, tiny, *_ in stated.values():
-        assert 1 - required >= 5 * (1 - tiny) - 1e-9
+        assert 1 - required >= 2.5 * (1 - tiny) - 1e-9
 
 
 def test_page_states_the_thresholds_of_image_embeddings() -> None:

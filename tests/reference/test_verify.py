@@ -96,7 +96,8 @@ def test_verify_passes_autoglm_tiny(tmp_path: Path, outtype: str, mmproj_outtype
     pair = convert(TINY, tmp_path, outtype, mmproj_outtype=mmproj_outtype)
     report = verify(TINY, pair.text, pair.mmproj)
     assert report.passed
-    assert report.unchecked == ()
+    nothing_promised = ("image and text logits: no threshold for Q2_K, figures only",)
+    assert report.unchecked == (nothing_promised if outtype == "q2_K" else ())
     expected = [OUTTYPES[name].ggml_type.name for name in (outtype, mmproj_outtype)]
     assert [o.type_name for o in report.outputs[:2]] == expected
 
@@ -105,7 +106,7 @@ def test_verify_holds_a_mixture_to_its_coarsest_type(tmp_path: Path) -> None:
     pair = convert(TINY, tmp_path, "q8_0", tensor_types=["blk.0.attn_v=q2_K"])
     report = verify(TINY, pair.text, None)
     assert report.outputs[0].type_name == "Q2_K"
-    assert report.outputs[0].required == "cosine >= 0.85"
+    assert report.outputs[0].required == "cosine >= 0.6"
 
 
 def test_verify_fails_wrong_keys_though_the_weights_are_right(

@@ -221,7 +221,7 @@ def device_graph_bytes(shape: TextShape, params: ContextParams, *, n_outputs: in
     With the output alone there, only the logits. Fitted to ggml-vulkan's report.
     """
     if params.n_gpu_layers == 1:
-        return n_outputs * _F32 * (shape.n_vocab + 2 * shape.n_embd)
+        return n_outputs * _F32 * (shape.n_vocab + shape.n_embd)
     quantised = _CACHE_BLOCKS[params.type_k][0] > 1
     n_rows = (1 if quantised else 2) if params.offload_kqv else 0
     away = n_rows * min(params.n_batch, params.n_ctx) * _F32 * shape.n_embd

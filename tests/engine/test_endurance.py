@@ -239,13 +239,17 @@ def check(n, **options):
 def press(seconds):
     time.sleep(seconds)
     os.kill(os.getpid(), signal.SIGINT)
+    pressed.set()
 
 for _ in range(60):
+    pressed = threading.Event()
     thread = threading.Thread(target=press, args=(rng.uniform(0, 0.03),))
     try:
         thread.start()
-        while True:
+        while not pressed.is_set():
             check(rng.randrange(3), cache_prompt=rng.random() < 0.5)
+        check(rng.randrange(3))
+        sys.exit("a Ctrl-C was lost")
     except KeyboardInterrupt:
         pass
     thread.join()

@@ -158,8 +158,9 @@ class LlamaModel:
     def close(self) -> None:
         """Free the weights. Every context made from them must be closed before."""
         if self.handle:
-            self._llama.llama_model_free(self.handle)
-            self.handle = None
+            with HeldInterrupts():
+                self._llama.llama_model_free(self.handle)
+                self.handle = None
 
 
 class LlamaContext:
@@ -214,7 +215,13 @@ class LlamaContext:
             )
             raw.cb_eval = self._callback
         clear_errors()
-        self.handle = self._llama.llama_init_from_model(model.handle, raw)
+        self.handle = None
+        try:
+            with HeldInterrupts():
+                self.handle = self._llama.llama_init_from_model(model.handle, raw)
+        except BaseException:
+            self.close()
+            raise
         if not self.handle:
             raise engine_error(
                 f"llama.cpp: no context of {params.n_ctx} tokens",
@@ -242,7 +249,8 @@ class LlamaContext:
     def watch(self, stop: StopFlag) -> None:
         """End every batch that runs when a flag is set with `Stopped`; it must outlive this."""
         self._stop = stop
-        self._llama.llama_set_abort_callback(self.handle, self._abort, stop.address)
+        with HeldInterrupts():  # it writes to the log
+            self._llama.llama_set_abort_callback(self.handle, self._abort, stop.address)
 
     def truncate(self, n_past: int, position: int) -> None:
         """Empty the KV cache from a token or the beginning of an image on.
@@ -252,9 +260,10 @@ class LlamaContext:
             position: Of the first token or image that goes.
         """
         memory = self._llama.llama_get_memory(self.handle)
-        if not self._llama.llama_memory_seq_rm(memory, 0, position, -1):
-            raise engine_error(f"llama.cpp: the KV cache cannot be cut at position {position}")
-        self.n_past, self.position, self._n_outputs = n_past, position, 0
+        with HeldInterrupts():
+            if not self._llama.llama_memory_seq_rm(memory, 0, position, -1):
+                raise engine_error(f"llama.cpp: the KV cache cannot be cut at position {position}")
+            self.n_past, self.position, self._n_outputs = n_past, position, 0
 
     def state_layout(self, n_layers: int, n_embd: int) -> StateLayout:
         """The shape of the KV cache.
@@ -432,8 +441,9 @@ class LlamaContext:
     def close(self) -> None:
         """Free the KV cache and the buffers."""
         if self.handle:
-            self._llama.llama_free(self.handle)
-            self.handle = None
+            with HeldInterrupts():
+                self._llama.llama_free(self.handle)
+                self.handle = None
 
 
 class _Override(ctypes.Structure):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_gguf.native.ggml import device_handle, operation_name
+from autoglm_gguf.native.interrupts import HeldInterrupts
 from autoglm_gguf.native.library import clear_errors, engine_error, load_llama, load_mtmd
 from autoglm_gguf.native.llama import LlamaModel
 from autoglm_gguf.stopping import StopFlag, Stopped
@@ -64,7 +65,15 @@ class VisionTower:
         self._callback = load_llama().ggml_backend_sched_eval_callback(self._on_node)
         params.cb_eval = self._callback
         clear_errors()
-        self._handle = self._mtmd.mtmd_init_from_file(str(path).encode(), model.handle, params)
+        self._handle = None
+        try:
+            with HeldInterrupts():
+                self._handle = self._mtmd.mtmd_init_from_file(
+                    str(path).encode(), model.handle, params
+                )
+        except BaseException:
+            self.close()
+            raise
         if not self._handle:
             raise engine_error(f"{path.name}: libmtmd could not load the vision tower")
         if not self._mtmd.mtmd_support_vision(self._handle):
@@ -137,5 +146,6 @@ class VisionTower:
     def close(self) -> None:
         """Free the tower."""
         if self._handle:
-            self._mtmd.mtmd_free(self._handle)
-            self._handle = None
+            with HeldInterrupts():
+                self._mtmd.mtmd_free(self._handle)
+                self._handle = None

@@ -3,8 +3,7 @@
 ``model.cancel()`` from another thread, or Ctrl-C (SIGINT to the own process), at a random moment of
 the prompt's evaluation, of an image's encoding, or of making tokens; until the stream has ended.
 llama.cpp asks between the nodes of its graph whether to go on, so the longest node stands beside
-it: each node computed and timed by itself, the quietest of three runs. Screenshots are noise. Prints
-Markdown.
+it: each node timed by itself, the quietest of three runs. Screenshots are noise. Prints Markdown.
 
     python benchmarks/cancel.py PAIR_FOLDER [--image-tokens 544 1024] [--n-batch 512 256 128]
         [--repeats 30] [--threads 2]
@@ -134,7 +133,7 @@ class TimedContext(LlamaContext):
 
 
 class TimedTower(VisionTower):
-    """Computes node by node, as it always does."""
+    """Looks where it always looks: behind each long node, with the short ones before it."""
 
     nodes = Nodes()
 

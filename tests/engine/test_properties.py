@@ -244,8 +244,8 @@ class Steps:
         self._end(request, self._model.generate(request.prompt, **request.options))
 
     def _cancelled_in_tower(self) -> None:
-        """Between any two nodes of the vision tower's graph."""
-        n_left = self._rng.randint(1, 80)
+        """Behind any node of the vision tower's graph that it looks behind."""
+        n_left = self._rng.randint(1, 24)
         ask = VisionTower._on_node
 
         def look(tower: VisionTower, tensor: int, asks: bool, data: Any) -> bool:

@@ -34,6 +34,7 @@ check: $(STAMP) layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@! git grep -nE '^(<<<<<<<|>>>>>>>) ' || { echo 'error: marks of a merge'; exit 1; }
 
 layers: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_architecture.py

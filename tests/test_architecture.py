@@ -34,6 +34,8 @@ LEVELS = (
     ("hub_cache", "native", "gguf"),
     ("config", "messages", "units", "errors", "progress", "programs", "stopping"),
 )
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 HEIGHT = {group: -n for n, groups in enumerate(LEVELS) for group in groups}
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -105,6 +107,13 @@ def test_only_cli_output_prints() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_module_says_what_it_knows(name: str) -> None:
     assert ast.get_docstring(ast.parse(MODULES[name].read_text("utf-8")))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_begins_with_its_title_and_holds_no_leftovers_of_a_merge(page: Path) -> None:
+    lines = page.read_text("utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    assert not [line for line in lines if line.startswith(("<<<<<<<", "=======", ">>>>>>>"))]
 
 
 # --- public names ---

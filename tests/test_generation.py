@@ -193,6 +193,24 @@ def test_message_over_the_prompt_budget_is_refused_with_counts() -> None:
         model.generate("x" * 60)
 
 
+def test_turn_that_goes_takes_its_image_out_of_the_budget() -> None:
+    model = AutoGLM(FakeEngine(b"!"), token_budget=TokenBudget(prompt=200))
+    for n_turns in range(3, 12):
+        messages = [user("look", screen("red")), Message("assistant", "ok"), *talk(n_turns)[1:]]
+        usage = model.generate(messages).usage
+        assert usage.image_tokens in (0, N_IMAGE)
+        assert usage.prompt_tokens <= 200 + usage.image_tokens
+        assert usage.dropped_messages % 2 == 0, "whole turns"
+
+
+def test_message_that_n_ctx_does_not_hold_is_no_matter_of_a_larger_budget() -> None:
+    model = AutoGLM(FakeEngine(b"!", n_ctx=400), token_budget=TokenBudget(prompt=6000))
+    assert model.generate("x" * 350).finish_reason == "stop", "as without a budget"
+    with pytest.raises(ContextFullError, match="does not fit the context") as caught:
+        model.generate("x" * 400)
+    assert caught.value.hint.startswith("raise n_ctx")
+
+
 def test_thinking_over_its_budget_is_closed_and_the_answer_begun() -> None:
     engine = FakeEngine(b"<think>" + b"hm " * 100)
     model = AutoGLM(engine, token_budget=TokenBudget(thinking=16, answer=40))
@@ -200,6 +218,13 @@ def test_thinking_over_its_budget_is_closed_and_the_answer_begun() -> None:
     assert answer.text.startswith("<think>" + "hm hm hm " + "</think><answer>")
     assert answer.usage.completion_tokens == 16 + 40
     assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize(("asked_for", "n_thought"), [(8, 8), (100, 16)])
+def test_thinking_asked_for_stays_within_the_budget(asked_for: int, n_thought: int) -> None:
+    model = AutoGLM(FakeEngine(b"<think>" + b"hm " * 100), token_budget=TokenBudget(thinking=16))
+    answer = model.generate("?", max_thinking_tokens=asked_for, max_tokens=60)
+    assert answer.text.index("</think>") == n_thought
 
 
 @pytest.mark.parametrize("said", [b"no tags, " * 9, b"<think>short</think>" + b"answer " * 9])

@@ -58,12 +58,16 @@ class Preparation:
         """
         params = self._bound(params)
         reading = _Reading(self._engine)
+        if not raw:
+            prompt = _as_messages(prompt)
         request = reading.request(self.render(prompt, raw=raw), params)
         room = self._room(request)
         if not raw and request.n_prompt > room:
 
             def count(part: Sequence[Message]) -> int:
-                return reading.request(self.render(part), params).n_prompt
+                fewer = reading.request(self.render(part), params)
+                # Without its newest image, a conversation may take less.
+                return fewer.n_prompt + room - self._room(fewer)
 
             kept, n_dropped = fit_history(_as_messages(prompt), room, count)
             request = replace(reading.request(self.render(kept), params), n_dropped=n_dropped)
@@ -73,27 +77,30 @@ class Preparation:
     def _bound(self, params: SamplingParams) -> SamplingParams:
         """Sampling as asked for, within the token budget."""
         budget, most = self._budget, params.max_tokens
-        thinking = params.max_thinking_tokens or budget.thinking
+        bounds = (params.max_thinking_tokens, budget.thinking)
+        thinking = min((n for n in bounds if n is not None), default=None)
         if budget.answer is not None:
             most = min(most or budget.n_generated, budget.n_generated)
         return replace(params, max_tokens=most, max_thinking_tokens=thinking)
 
     def _room(self, request: Request) -> int:
         """KV cells that a conversation may take."""
-        n_ctx, budget = self._engine.info.n_ctx, self._budget
+        n_ctx = self._engine.info.n_ctx
         room = n_ctx - min(request.params.max_tokens or _ANSWER_ROOM, n_ctx // 4)
-        if budget.prompt is None:
-            return room
+        return min(room, self._budgeted(request))
+
+    def _budgeted(self, request: Request) -> int:
+        """KV cells that the token budget gives a prompt: its newest image comes on top."""
+        if self._budget.prompt is None:
+            return self._engine.info.n_ctx
         images = [piece.n_cells for piece in request.pieces if not isinstance(piece, int)]
-        return min(room, budget.prompt + (images[-1] if images else 0))
+        return self._budget.prompt + (images[-1] if images else 0)
 
     def _check(self, request: Request) -> None:
         n_prompt, n_ctx = request.n_prompt, self._engine.info.n_ctx
         if not request.pieces or not isinstance(request.pieces[-1], int):
             raise PromptError("prompt: empty" if n_prompt == 0 else "prompt: ends with an image")
-        most = n_ctx - 1
-        if self._budget.prompt is not None:
-            most = min(most, self._room(request))
+        most = min(n_ctx - 1, self._budgeted(request))
         if n_prompt <= most:
             return
         what = "n_ctx" if most == n_ctx - 1 else "the token budget"

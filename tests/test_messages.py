@@ -60,12 +60,20 @@ def test_messages_are_read_in_every_shape(raw: object, parsed: Message) -> None:
         ({"role": "user", "content": [{"type": "image", "image": None}]}, "'image'"),
         ("hi", "a str, not"),
         (None, "a NoneType, not"),
+        (Message("robot", "hi"), "role 'robot'"),  # type: ignore[arg-type]
+        (Message("user", 5), "a int, not text"),  # type: ignore[arg-type]
     ],
 )
 def test_messages_of_another_shape_are_refused(raw: object, named: str) -> None:
     with pytest.raises(ValueError, match="message") as caught:
         parse_messages([raw])  # type: ignore[list-item]
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [None, 5, b"hi", {"role": "user"}, Message("user", "hi")])
+def test_what_is_no_list_of_messages_is_refused(given: object) -> None:
+    with pytest.raises(TypeError, match=f"prompt: a {type(given).__name__}, not text or a list"):
+        parse_messages(given)  # type: ignore[arg-type]
 
 
 def test_usage_adds_up() -> None:

@@ -15,6 +15,7 @@ from autoglm_gguf.messages import (
     Message,
     MessageLike,
     collect,
+    parse_messages,
     user_message,
 )
 
@@ -98,7 +99,7 @@ class ChatSession:
             EngineBusyError: This thread has a stream of the model open.
             EngineError: The KV state cannot be written.
         """
-        return self._model.save_chat(Path(path), self.messages, self._system)
+        return self._model.save_chat(Path(path), parse_messages(self.messages), self._system)
 
     def _keep(self, turn: Message, answer: Generator[Chunk, None, None]) -> Iterator[Chunk]:
         said, finished = "", False

@@ -6,7 +6,7 @@ Pure data. It does not know how a prompt is rendered or how an engine works.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -53,17 +53,22 @@ def parse_messages(messages: Sequence[MessageLike]) -> tuple[Message, ...]:
 
     Raises:
         ValueError: An unknown role or part type, or content of another shape.
+        TypeError: No list of messages.
     """
-    return tuple(m if isinstance(m, Message) else _parse_message(m) for m in messages)
+    if isinstance(messages, bytes | Mapping | Message) or not isinstance(messages, Iterable):
+        raise TypeError(f"prompt: a {type(messages).__name__}, not text or a list of messages")
+    return tuple(map(_parse_message, messages))
 
 
 def _parse_message(raw: Any) -> Message:
-    if not isinstance(raw, Mapping):
+    if isinstance(raw, Message):
+        role, content = raw.role, raw.content
+    elif isinstance(raw, Mapping):
+        role, content = raw.get("role"), raw.get("content")
+    else:
         raise ValueError(f"message: a {type(raw).__name__}, not a mapping")
-    role = raw.get("role")
     if role not in ROLES:
         raise ValueError(f"message role {role!r}: not one of {', '.join(ROLES)}")
-    content = raw.get("content")
     if content is None:
         return Message(role, "")
     if isinstance(content, str):

@@ -619,6 +619,30 @@ def test_act_refuses_an_answer_without_an_action() -> None:
     assert caught.value.text == "I do not know"
 
 
+def test_act_says_that_the_answer_was_cut_and_does_not_blame_the_model() -> None:
+    with pytest.raises(ActionParseError, match="cut after 30 tokens") as caught:
+        raw_model(ANSWER.encode()).act("open", max_tokens=30, constrain=None)
+    assert ANSWER.startswith(caught.value.text)
+    assert "raise max_tokens" in caught.value.hint
+
+
+def test_act_says_that_it_was_cancelled() -> None:
+    model = raw_model(ENDLESS, ROOMY)
+    timer = threading.Timer(0.2, model.cancel)
+    timer.start()
+    with pytest.raises(ActionParseError, match="cancelled after"):
+        model.act("open", max_tokens=ROOMY, constrain=None)
+    timer.join()
+
+
+def test_act_tells_that_a_text_was_closed_since_tokens_ran_out() -> None:
+    long = b'<think>t</think><answer>do(action="Type", text="' + b"x" * 500 + b'")</answer>'
+    step = raw_model(long).act("type", max_tokens=200)
+    assert step.action.render().startswith('do(action="Type", text="xxx')
+    assert step.finish_reason == "length"
+    assert raw_model(long).act("type", max_tokens=800).finish_reason == "stop"
+
+
 def test_aact_gives_what_act_gives() -> None:
     model = raw_model(ANSWER.encode())
     step = asyncio.run(model.aact("打开微信", SCREEN, system=None, current_app="桌面"))

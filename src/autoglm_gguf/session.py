@@ -30,7 +30,13 @@ from autoglm_gguf.conversation import ChatSession
 from autoglm_gguf.engine.base import Engine, EngineInfo
 from autoglm_gguf.engine.content import Piece
 from autoglm_gguf.engine.images import EmbeddingCache
-from autoglm_gguf.errors import ContextFullError, EngineBusyError, EngineError, PromptError
+from autoglm_gguf.errors import (
+    ActionParseError,
+    ContextFullError,
+    EngineBusyError,
+    EngineError,
+    PromptError,
+)
 from autoglm_gguf.generation import Request, Run
 from autoglm_gguf.lookup import Profit
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
@@ -38,6 +44,7 @@ from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
 from autoglm_gguf.messages import (
     Chunk,
     Completion,
+    FinishReason,
     ImageSource,
     Message,
     MessageLike,
@@ -68,6 +75,27 @@ class Step:
     """The whole answer."""
     usage: Usage
     timings: Timings
+    finish_reason: FinishReason = "stop"
+    """``length``: tokens ran out, so thinking or a text of the action was cut short and closed."""
+
+
+def read_step(answer: Completion) -> Step:
+    """The step that an answer is.
+
+    Raises:
+        ActionParseError: No valid action; where the answer was ended early, that is the reason.
+    """
+    reason = answer.finish_reason
+    try:
+        thinking, action = parse_answer(answer.text)
+    except ActionParseError as error:
+        if reason == "stop":
+            raise
+        hint = "raise max_tokens; or n_ctx, or the token budget, where they bound it"
+        cut, hint = ("cut", hint) if reason == "length" else ("cancelled", "ask again")
+        message = f"{error.message}: {cut} after {answer.usage.completion_tokens} tokens"
+        raise ActionParseError(message, text=error.text, hint=hint) from error
+    return Step(thinking, action, answer.text, answer.usage, answer.timings, reason)
 
 
 class AutoGLM:
@@ -332,9 +360,7 @@ class AutoGLM:
             Exception: Everything `stream` raises.
         """
         messages = self._act_messages(task, screenshot, system, current_app)
-        answer = self.generate(messages, max_tokens=max_tokens, **act_options(sampling))
-        thinking, action = parse_answer(answer.text)
-        return Step(thinking, action, answer.text, answer.usage, answer.timings)
+        return read_step(self.generate(messages, max_tokens=max_tokens, **act_options(sampling)))
 
     async def aact(self, task: str, screenshot: ImageSource | None = None, **options: Any) -> Step:
         """Like `act`, without blocking the event loop; cancelling the task stops the work."""
@@ -342,9 +368,7 @@ class AutoGLM:
         messages = self._act_messages(task, screenshot, system, options.pop("current_app", None))
         options.setdefault("max_tokens", 512)
         chunks = [chunk async for chunk in self.astream(messages, **act_options(options))]
-        answer = collect(chunks)
-        thinking, action = parse_answer(answer.text)
-        return Step(thinking, action, answer.text, answer.usage, answer.timings)
+        return read_step(collect(chunks))
 
     def cancel(self) -> None:
         """End the answer being generated, from any thread; its last chunk says ``cancelled``."""
@@ -380,11 +404,7 @@ class AutoGLM:
         self.close()
 
     def _act_messages(
-        self,
-        task: str,
-        screenshot: ImageSource | None,
-        system: str | None,
-        current_app: str | None,
+        self, task: str, screenshot: ImageSource | None, system: str | None, current_app: str | None
     ) -> list[Message]:
         text = task
         if current_app is not None:
@@ -451,7 +471,10 @@ class _Turn:
     def __enter__(self) -> None:
         model = self._model
         if model._owner == threading.get_ident():
-            raise _busy(model.info.name)
+            raise EngineBusyError(
+                f"{model.info.name}: another stream is open in this thread",
+                hint="read it to its end or close it first",
+            )
         while not model._lock.acquire(timeout=_WAIT_SECONDS):
             if self._stopped is not None and self._stopped.is_set():
                 raise EngineBusyError(f"{model.info.name}: cancelled while another answer ran")
@@ -470,10 +493,3 @@ class _Turn:
     def __exit__(self, *_: object) -> None:
         self._model._owner = None
         self._model._lock.release()
-
-
-def _busy(name: str) -> EngineBusyError:
-    return EngineBusyError(
-        f"{name}: another stream is open in this thread",
-        hint="read it to its end or close it first",
-    )

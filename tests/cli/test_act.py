@@ -109,7 +109,9 @@ def test_act_without_an_action_exits_with_1(
 ) -> None:
     task = ["act", str(endless_model), "--task", "t", "--n-threads", "1"]
     assert main([*task, "--max-tokens", "60"]) == 0  # it is made to choose
-    assert capsys.readouterr().out.startswith(("do(", "finish("))
+    printed = capsys.readouterr()
+    assert printed.out.startswith(("do(", "finish("))
+    assert "tokens ran out" in printed.err
     assert main([*task, "--max-tokens", "5", "--no-constrain"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""

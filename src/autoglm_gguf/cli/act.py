@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
             "thinking": step.thinking,
             "action": {"name": step.action.name, **step.action.arguments},
             "rendered": step.action.render(),
+            "finish_reason": step.finish_reason,
             "usage": asdict(step.usage),
             "timings": asdict(step.timings),
         }
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         output.write(step.action.render())
         for line in lines:
             output.note(line)
+    if step.finish_reason == "length":
+        output.note("note: tokens ran out, so the answer was cut short; raise --max-tokens")
     if arguments.annotate is not None:
         annotate(open_image(arguments.screenshot), step.action).save(arguments.annotate)
 

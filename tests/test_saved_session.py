@@ -128,6 +128,24 @@ def test_saving_changes_nothing_for_the_conversation_that_goes_on(tmp_path: Path
     assert (chat.messages, engine.content.pieces) == (messages, held)
 
 
+def test_saving_keeps_a_conversation_that_only_a_short_answer_leaves_room_for(
+    tmp_path: Path,
+) -> None:
+    chat = AutoGLM(FakeEngine(b"yes", n_ctx=1000)).chat()
+    for _ in range(4):
+        dropped = chat.send("x" * 190, max_tokens=5).usage.dropped_messages
+    assert dropped == 0, "they fit since 5 tokens are kept for the answer, not 250"
+    assert chat.save(tmp_path / "a").n_cells > 800
+
+
+def test_messages_that_were_added_as_dicts_are_saved(tmp_path: Path) -> None:
+    chat = talk(FakeEngine(b"yes"))
+    chat.messages.append({"role": "user", "content": "by hand"})  # type: ignore[arg-type]
+    chat.save(tmp_path / "a")
+    restored = AutoGLM(FakeEngine(b"yes")).load_chat(tmp_path / "a")
+    assert restored.messages[-1] == Message("user", "by hand")
+
+
 def test_file_keeps_nothing_of_another_conversation(tmp_path: Path) -> None:
     engine = FakeEngine(b"yes")
     model = AutoGLM(engine)

@@ -130,6 +130,7 @@ class AutoGLM:
         self._cancel = StopFlag()
         self._embeddings = EmbeddingCache(engine.info.image_cache_tokens)
         self._profit = Profit()
+        self._sampling = SamplingParams()  # of the last answer: how much history it leaves room for
         self._open_stream: Callable[[], Generator[Chunk, None, None] | None] = lambda: None
         self._closing = self._closed = False
 
@@ -330,7 +331,7 @@ class AutoGLM:
         with self._exclusive():
             with contextlib.suppress(PromptError, ContextFullError):  # nor could a next turn use it
                 following = [*messages, Message("user", "")]
-                pieces = self._preparation.prepare(following, SamplingParams()).pieces
+                pieces = self._preparation.prepare(following, self._sampling).pieces
             return write_session(path, self._engine, messages, system, pieces)
 
     def act(
@@ -446,7 +447,7 @@ class AutoGLM:
         slot: list[weakref.ref[Generator[Chunk, None, None]]],
     ) -> Generator[Chunk, None, None]:
         with self._exclusive(stopped):
-            self._cancel, self._open_stream = stopped, slot[0]
+            self._cancel, self._open_stream, self._sampling = stopped, slot[0], request.params
             run = Run(self._engine, request, stopped, self._embeddings, self._profit)
             try:
                 yield from run.chunks()

@@ -250,6 +250,11 @@ def test_render_needs_a_template_for_messages() -> None:
     assert "raw=True" in caught.value.hint
 
 
+def test_token_budget_of_another_type_is_named() -> None:
+    with pytest.raises(TypeError, match="token_budget None: not a TokenBudget"):
+        AutoGLM.load("model.gguf", token_budget=None)  # type: ignore[arg-type]
+
+
 def test_tokenize_adds_nothing() -> None:
     assert AutoGLM(FakeEngine()).tokenize("ab") == [97, 98]
 

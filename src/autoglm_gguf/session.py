@@ -38,6 +38,7 @@ from autoglm_gguf.errors import (
     PromptError,
 )
 from autoglm_gguf.generation import Request, Run
+from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.lookup import Profit
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
 from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
@@ -175,8 +176,11 @@ class AutoGLM:
         """
         from autoglm_gguf.engine.loading import load_engine
 
-        context = token_budget.sizes(with_images=mmproj is not None) | context
-        engine = load_engine(model, mmproj, memory_budget, self_test=self_test, context=context)
+        if not isinstance(token_budget, TokenBudget):
+            raise TypeError(f"token_budget {token_budget!r}: not a TokenBudget")
+        text, tower = resolve_pair(model, mmproj)
+        context = token_budget.sizes(with_images=tower is not None) | context
+        engine = load_engine(text, tower, memory_budget, self_test=self_test, context=context)
         return cls(engine, content_format=content_format, token_budget=token_budget)
 
     @property

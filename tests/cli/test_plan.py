@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from builders import describe_sizes
 
-from autoglm_gguf import ContextParams, MemoryPlan
+from autoglm_gguf import AutoGLM, ContextParams, MemoryPlan, TokenBudget
 from autoglm_gguf.cli.main import main
 from autoglm_gguf.cli.plan import draw_plan, plan_as_json
 from autoglm_gguf.memory.plan import plan_pair
@@ -143,3 +143,17 @@ def test_token_budget_decides_the_sizes_of_a_plan(
     assert main(["plan", str(random_pair[0]), "--token-budget", budget, "--json"]) == 0
     context = json.loads(capsys.readouterr().out)["context"]
     assert (context["n_ctx"], context["max_image_tokens"]) == (800, 100)
+
+
+@pytest.mark.native
+def test_token_budget_needs_no_image_where_the_model_takes_none(
+    random_pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes(random_pair[0].read_bytes())
+    budget = "prompt=600,thinking=50,answer=50"
+    for model, n_ctx in ((alone, 700), (random_pair[0], 4096)):
+        assert main(["plan", str(model), "--token-budget", budget, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["context"]["n_ctx"] == n_ctx
+    with AutoGLM.load(alone, token_budget=TokenBudget(600, None, 50, 50)) as loaded:
+        assert loaded.info.n_ctx == 700

@@ -196,7 +196,7 @@ def _read_text(path: str) -> str:
         raise AutoGLMError(f"{path}: cannot be read ({reason})", hint="check the path") from error
 
 
-def memory_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+def memory_arguments(arguments: argparse.Namespace, *, with_images: bool = True) -> dict[str, Any]:
     """The memory options as keyword arguments of `plan_memory`: only the sizes that were given."""
     keys = (
         *("n_ctx", "n_batch", "n_gpu_layers", "device", "offload_kqv", "mmproj_offload"),
@@ -204,7 +204,7 @@ def memory_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     chosen = {key: getattr(arguments, key) for key in keys}
     given = {key: value for key, value in chosen.items() if value is not None}
-    sizes = arguments.token_budget.sizes()
+    sizes = arguments.token_budget.sizes(with_images=with_images)
     return {"memory_budget": arguments.memory_budget, **sizes, **given}
 
 

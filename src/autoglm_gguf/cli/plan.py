@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from autoglm_gguf.cli import options, output
+from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.measure import MemoryUsage
 from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
 from autoglm_gguf.session import AutoGLM
@@ -29,8 +30,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the plan; nothing is loaded."""
-    model, mmproj = options.find_model(arguments)
-    plan = plan_memory(model, mmproj=mmproj, **options.memory_arguments(arguments))
+    text, tower = resolve_pair(*options.find_model(arguments))
+    given = options.memory_arguments(arguments, with_images=tower is not None)
+    plan = plan_memory(text, mmproj=tower, **given)
     if arguments.json:
         output.write_json(plan_as_json(plan))
         return

@@ -133,6 +133,24 @@ def test_chat_image_goes_with_the_next_message_only(
     assert "(24 image)" in printed
 
 
+def test_chat_image_does_not_come_again_when_the_answer_was_empty(screen: Path) -> None:
+    messages = converse(f"/image {screen}", "one?", "two?", engine=FakeEngine(b""))
+    shown = [isinstance(message.content, tuple) for message in messages]
+    assert shown == [False, True, False, False, False]
+
+
+def test_chat_image_that_has_no_room_can_be_taken_back(
+    screen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = FakeEngine(b"yes", n_ctx=60)
+    messages = converse(f"/image {screen}", "one?", "/image", "two?", "/image", engine=engine)
+    assert [m.content for m in messages] == ["S", "two?", "yes"]
+    told = capsys.readouterr().err
+    assert "does not fit the context" in told
+    assert f"{screen}: taken back" in told
+    assert "/image needs a path" in told
+
+
 def test_chat_goes_on_with_a_saved_conversation(
     screen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +238,23 @@ def test_chat_keeps_the_part_on_ctrl_c(capsys: pytest.CaptureFixture[str]) -> No
     printed = capsys.readouterr()
     assert printed.out.startswith("part")
     assert "stopped" in printed.err
+
+
+def test_chat_goes_on_after_ctrl_c_during_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class InterruptedEngine(FakeEngine):
+        def save_state(self, path: Path) -> None:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "a.session"
+    lines = ("one?", f"/save {path}", "two?")
+    messages = converse(*lines, engine=InterruptedEngine(b"yes"), interactive=True)
+    assert [m.content for m in messages] == ["S", "one?", "yes", "two?", "yes"]
+    assert "interrupted; the conversation goes on" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt):
+        converse(*lines, engine=InterruptedEngine(b"yes"))
 
 
 def test_chat_prints_a_line_of_json_per_answer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from autoglm_gguf.session import AutoGLM
 from autoglm_gguf.units import format_bytes
 from autoglm_gguf.vision import open_image
 
-HELP = """/image PATH   show an image with the next message
+HELP = """/image PATH   show an image with the next message; /image alone takes it back
 /clear        forget the conversation
 /save FILE    save the conversation; its next turn costs as little after /load as now
 /load FILE    go on with a saved conversation
@@ -152,8 +152,13 @@ class Conversation:
                 text = reader.read()
             except EndOfInput:
                 return
-            if not self.handle(text):
-                return
+            try:
+                if not self.handle(text):
+                    return
+            except KeyboardInterrupt:  # during /load, or as an answer ended
+                if not reader.interactive:
+                    raise
+                output.note("interrupted; the conversation goes on")
 
     def handle(self, text: str) -> bool:
         """Carry out one input; False ends the conversation."""
@@ -175,7 +180,9 @@ class Conversation:
 
     def _take_image(self, path: str) -> None:
         if not path:
-            output.note("/image needs a path: /image screen.png")
+            dropped, self._image = self._image, None
+            needs = "/image needs a path: /image screen.png"
+            output.note(f"{dropped}: taken back" if dropped else needs)
             return
         try:
             if self._model.info.vision is None:
@@ -268,7 +275,8 @@ class Conversation:
             self.failed = True
             return
         finally:
-            self._image = None if said else self._image
+            if said or last.finish_reason in ("stop", "length"):
+                self._image = None  # it was shown
         if self._as_json:
             output.write_json_line(_as_json(said, last))
             return

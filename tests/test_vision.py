@@ -213,6 +213,14 @@ def test_decompression_bomb_is_refused_before_it_is_decoded(size: tuple[int, int
     assert size[0] * size[1] > MAX_SOURCE_PIXELS
 
 
+def test_file_without_an_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(2**30)  # of which nothing is on the disk
+    with pytest.raises(ImageError, match=r"disk.img: not an image \(more than 256 MiB\)"):
+        open_image(path)
+
+
 def test_image_cut_or_damaged_anywhere_is_an_image_or_an_image_error() -> None:
     whole = encoded(Image.effect_noise((56, 56), 50))
     for seed in range(150):

@@ -27,14 +27,13 @@ from autoglm_gguf.engine.base import MMPROJ, MODEL, Engine
 from autoglm_gguf.engine.content import ImageCells, Piece, count_cells
 from autoglm_gguf.errors import ImageError, SavedSessionError
 from autoglm_gguf.messages import ImagePart, Message, Part, Role, TextPart
-from autoglm_gguf.vision import encode_image_file, open_image
+from autoglm_gguf.vision import MAX_FILE_BYTES, encode_image_file, open_image
 
 FORMAT, VERSION = "autoglm-gguf session", 1
 _JSON, _STATE, _IMAGES = "session.json", "kv.bin", "images/"
 _MEMBER = re.compile(r"session\.json|kv\.bin|images/(0|[1-9][0-9]{0,3})")
 _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"
 _MAX_JSON_BYTES = 16 * 2**20
-_MAX_IMAGE_BYTES = 256 * 2**20
 _MAX_CELLS = 2**20
 _COPY_BYTES = 1 << 20
 _DRAFT = ".autoglm-"
@@ -222,7 +221,7 @@ def _store(archive: zipfile.ZipFile, name: str, source: IO[bytes], n_bytes: int)
 
 def _bounded(name: str, n_bytes: int) -> int:
     """What would not be read back is not written."""
-    n_most = _MAX_JSON_BYTES if name == _JSON else _MAX_IMAGE_BYTES
+    n_most = _MAX_JSON_BYTES if name == _JSON else MAX_FILE_BYTES
     if n_bytes > n_most:
         raise SavedSessionError(
             f"{name}: too large to be saved ({n_bytes} bytes, {n_most} at most)"
@@ -368,7 +367,7 @@ def _restore_messages(archive: _Archive, session: _Session) -> tuple[Message, ..
 
 
 def _read_image(archive: _Archive, number: int) -> bytes:
-    data = archive.read(f"{_IMAGES}{number}", _MAX_IMAGE_BYTES)
+    data = archive.read(f"{_IMAGES}{number}", MAX_FILE_BYTES)
     try:
         open_image(data)
     except ImageError as error:

@@ -31,6 +31,8 @@ _FRAMES = 2  # transformers counts a still image as two frames
 _MAX_ASPECT = 200
 MAX_SOURCE_PIXELS = 100_000_000
 """Larger images are refused before they are decoded."""
+MAX_FILE_BYTES = 256 * 2**20
+"""Of a larger file no more is read, and it is refused."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,17 @@ def _read_source(source: str | os.PathLike[str] | bytes) -> tuple[str, bytes]:
         raise ImageError("image: web addresses are not fetched", hint="download the image first")
     path = Path(source)
     try:
-        return path.name, path.read_bytes()
+        with path.open("rb") as file:
+            n_bytes = os.fstat(file.fileno()).st_size or MAX_FILE_BYTES  # 0: a pipe, or /dev/zero
+            data = file.read(min(n_bytes, MAX_FILE_BYTES) + 1)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or error
         raise ImageError(
             f"{path}: image cannot be read ({reason})", hint="check the path"
         ) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(
+            f"{path}: not an image (more than {MAX_FILE_BYTES >> 20} MiB)",
+            hint="give a PNG or JPEG file",
+        )
+    return path.name, data

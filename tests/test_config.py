@@ -109,6 +109,13 @@ def test_sampling_params_refuse_stops_that_are_no_strings(stop: Any) -> None:
         SamplingParams(stop=stop)
 
 
+@pytest.mark.parametrize("apps", [("",), ("x" * 101,), (1,), "abc"])
+def test_sampling_params_refuse_apps_that_no_phone_has(apps: Any) -> None:
+    with pytest.raises(ValueError, match="apps: "):
+        SamplingParams(constrain="action", apps=apps)
+    assert SamplingParams(constrain="action", apps=("x" * 100,)).apps
+
+
 def test_params_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         ContextParams().n_ctx = 1  # type: ignore[misc]

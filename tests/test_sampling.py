@@ -121,6 +121,14 @@ def test_a_valid_answer_is_left_as_it_is(kind: type[Action], before: str) -> Non
         assert script.accepted == wanted, f"seed {seed}"
 
 
+def test_apps_that_the_automaton_cannot_hold_are_refused() -> None:
+    letters = random.Random(0)
+    apps = tuple("".join(letters.choices("abcdefgh", k=100)) for _ in range(400))
+    with pytest.raises(ValueError, match="apps: too many names"):
+        compile_actions(apps)
+    assert compile_actions(apps[:100]).distance[0] == compile_actions().distance[0]
+
+
 def test_every_prefix_of_an_action_allows_what_the_words_say() -> None:
     automaton, vocabulary = compile_actions(), Vocabulary(WORDS)
     text = '<think>a</think><answer>do(action="Launch", app="微信")'.encode()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from autoglm_gguf.actions import ACTIONS, Action, Finish, Kind
 
 DEAD = -1
+_MOST_STATES = 2**15 - 1  # of a table of int16; a phone's 1,000 apps take 5,000 to 10,000
 _ANY = bytes(range(256))
 _DIGITS = b"0123456789"
 # What may stand unescaped in a string: no control characters but the two a text is laid out with.
@@ -87,6 +88,9 @@ def compile_actions(apps: tuple[str, ...] = ()) -> Automaton:
 
     Args:
         apps: The only names ``Launch`` may open; without any, every name that is not empty.
+
+    Raises:
+        ValueError: So many names that they need over 32,767 states.
     """
     builder = _Builder()
     inside, outside, end = _answer(builder, apps)
@@ -248,6 +252,10 @@ def _determinise(
                 continue
             subset = frozenset(targets & builder.commits or targets)
             if subset not in states:
+                if len(states) == _MOST_STATES:
+                    raise ValueError(
+                        f"apps: too many names (over {_MOST_STATES} states); list fewer"
+                    )
                 states[subset] = len(states)
                 queue.append(subset)
             row[byte] = states[subset]

@@ -11,6 +11,7 @@ ContentFormat: TypeAlias = Literal["openai", "string"]
 CACHE_TYPES: tuple[CacheType, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
 CONTENT_FORMATS: tuple[ContentFormat, ...] = ("openai", "string")
 CONSTRAIN_ACTION = "action"
+MAX_APP_CHARS = 100  # of a name; a phone shows fewer than 20
 MAX_TOP_LOGPROBS = 20  # OpenAI's
 MAX_DRAFT = 63  # a batch with more logits than that would be the largest thing held
 MAX_SEED = 2**32 - 2  # llama.cpp takes 0xFFFFFFFF for "draw one"
@@ -195,6 +196,9 @@ class SamplingParams:
             )
         if not _are_strings(self.apps) or (self.apps and self.constrain != CONSTRAIN_ACTION):
             raise ValueError("apps: names that are not empty, with constrain='action'")
+        longest = max(map(len, self.apps), default=0)
+        if longest > MAX_APP_CHARS:
+            raise ValueError(f"apps: a name of {longest} characters, {MAX_APP_CHARS} at most")
         if not isinstance(self.cache_prompt, bool):
             raise TypeError(f"cache_prompt {self.cache_prompt!r}: not True or False")
         _check_ints(self, "max_tokens", "max_thinking_tokens", "n_draft", "top_k", "seed")

@@ -101,6 +101,13 @@ def test_act_opens_listed_apps_only(
     out = capsys.readouterr().out  # it says 微信 in one token, for which there is no like
     assert out.startswith(("do(", "finish(")) and "微信" not in out
     assert main([*task, "--apps", str(tmp_path / "none.txt")]) == 1
+    apps.write_text("微信\n", "utf-8-sig")  # as Windows' Notepad saves it
+    assert main([*task, "--apps", str(apps)]) == 0
+    assert capsys.readouterr().out == 'do(action="Launch", app="微信")\n'
+    apps.write_text("\n")
+    assert main([*task, "--apps", str(apps)]) == 2
+    assert "holds no names" in capsys.readouterr().err
+    apps.write_text("Chrome\n")
     assert main([*task, "--apps", str(apps), "--no-constrain"]) == 2
 
 

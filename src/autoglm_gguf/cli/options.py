@@ -171,6 +171,8 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.apps is not None:
         lines = _read_text(arguments.apps).splitlines()
         chosen["apps"] = [line.strip() for line in lines if line.strip()]
+        if not chosen["apps"]:
+            raise ValueError(f"--apps {arguments.apps}: holds no names (write one a line)")
     SamplingParams.of(**chosen)
     return chosen
 
@@ -190,7 +192,7 @@ def read_schema(path: str) -> dict[str, Any]:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")  # Windows' editors put a mark first
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AutoGLMError(f"{path}: cannot be read ({reason})", hint="check the path") from error

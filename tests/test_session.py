@@ -215,6 +215,7 @@ def test_two_images_are_evaluated_in_their_order() -> None:
     ("prompt", "options", "error", "named"),
     [
         ("", {"raw": True}, PromptError, "empty"),
+        ("a \ud83d b", {}, PromptError, "half a character"),
         ([], {}, PromptError, "messages"),
         ([{"role": "robot", "content": "x"}], {}, ValueError, "robot"),
         ([Message("user", "x")], {"raw": True}, ValueError, "raw"),

@@ -123,7 +123,13 @@ class _Reading:
 
     def request(self, prompt: Prompt, params: SamplingParams) -> Request:
         images = [self._read(source) for source in prompt.images]
-        segments = [self._engine.tokenize(segment) for segment in prompt.segments]
+        try:
+            segments = [self._engine.tokenize(segment) for segment in prompt.segments]
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"prompt: holds half a character ({error.object[error.start]!a})",
+                hint="leave it out, or give its other half too",
+            ) from error
         pieces: list[Piece] = [*segments[0]]
         for image, segment in zip(images, segments[1:], strict=True):
             pieces += [ImageCells(image.key, image.grid), *segment]

@@ -61,6 +61,8 @@ def parse_messages(messages: Sequence[MessageLike]) -> tuple[Message, ...]:
 
 
 def _parse_message(raw: Any) -> Message:
+    role: Any
+    content: Any
     if isinstance(raw, Message):
         role, content = raw.role, raw.content
     elif isinstance(raw, Mapping):

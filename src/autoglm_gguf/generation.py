@@ -247,7 +247,11 @@ def open_constraint(engine: Engine, params: SamplingParams) -> Constraint | None
     if params.constrain is None:
         return None if most is None else ThinkingLimit(engine, most)
     if isinstance(params.constrain, Mapping):
-        return GrammarConstraint(engine.open_grammar(json.dumps(dict(params.constrain))))
+        try:
+            schema = json.dumps(dict(params.constrain))
+        except RecursionError as error:
+            raise ValueError("schema: nested too deeply to be written as JSON") from error
+        return GrammarConstraint(engine.open_grammar(schema))
     info = engine.info
     automaton = compile_actions(params.apps)
     return ActionConstraint(ActionTokens(engine, info.n_vocab, info.stop_ids, automaton), most)

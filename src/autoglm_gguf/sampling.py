@@ -373,10 +373,20 @@ class GrammarConstraint:
         self.complete = self.cut = False
 
     def next_tokens(self, sampler: TokenSampler, n_left: int) -> list[int]:
-        """The sampled token, accepted."""
+        """The sampled token, accepted.
+
+        Raises:
+            EngineError: The grammar leads nowhere.
+        """
         token = sampler.sample()
         if not self._grammar.allows(token):
-            token = sampler.sample(self._grammar.allowed())
+            allowed = self._grammar.allowed()
+            if not len(allowed):
+                raise EngineError(
+                    "schema: no token goes on with the document (0 found, 1 required)",
+                    hint="leave out what no document can be: control characters, empty choices",
+                )
+            token = sampler.sample(allowed)
         sampler.accept(token)
         self.complete = self._grammar.accept(token)
         return [token]

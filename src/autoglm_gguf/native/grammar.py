@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import json
 import math
+import re
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,22 +18,69 @@ from autoglm_gguf.native.library import clear_errors, engine_error, load_llama
 from autoglm_gguf.native.llama import LlamaModel
 from autoglm_gguf.native.sampler import CANDIDATE, candidate_array
 
+_MOST_TIMES = 1000  # llama.cpp's parser calls itself for each: twice as many overflow 512 KiB
+_TIMES = ("minLength", "maxLength", "minItems", "maxItems")
+_LEFT_ASIDE = (
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "uniqueItems"),
+    *("contains", "minContains", "maxContains", "minProperties", "maxProperties"),
+    *("patternProperties", "propertyNames", "dependentRequired", "dependentSchemas"),
+    *("not", "if", "then", "else"),
+)
+"""What narrows a document, and the converter would pass over without a word."""
+_NAMED = ("properties", "$defs", "definitions")  # their keys are names, their values schemas
+_NESTED = ("items", "prefixItems", "additionalProperties", "oneOf", "anyOf", "allOf")
+
 
 def schema_to_grammar(schema: str) -> str:
     """A JSON schema as llama.cpp's grammar (GBNF), properties in the schema's order.
 
     Raises:
-        ValueError: It is no JSON, or uses what the converter does not know.
+        ValueError: It is no JSON, uses what the converter does not know or would not keep to, or
+            lengths over 1,000.
     """
     load_llama()
     converter = importlib.import_module("llama_cpp.llama_grammar")
     try:
-        order = list(json.loads(schema).get("properties", {}))
+        parsed = json.loads(schema)
+        order = list(parsed.get("properties", {}))
+        _check_schema(parsed)
         return str(converter.json_schema_to_gbnf(schema, order))
+    except _UnfollowedError as error:
+        raise ValueError(f"schema: {error}") from None
     except Exception as error:  # it raises nearly everything, AssertionError among it
         raise ValueError(
             f"schema: cannot be turned into a grammar ({type(error).__name__}: {error})"
         ) from error
+
+
+class _UnfollowedError(Exception):
+    """A keyword whose meaning would be lost."""
+
+
+def _check_schema(schema: object) -> None:
+    """Refuse what would be passed over, or take llama.cpp's parser too deep."""
+    unseen = [schema]
+    while unseen:
+        part = unseen.pop()
+        if isinstance(part, list):
+            unseen += part
+        if not isinstance(part, dict):
+            continue
+        for key, value in part.items():
+            if key in _LEFT_ASIDE and value is not False:
+                raise _UnfollowedError(
+                    f"{key!r} is not kept to; leave it out, and check the answer"
+                )
+            times = value if isinstance(value, int) and key in _TIMES else 0
+            if key == "pattern" and isinstance(value, str):
+                counts = re.findall(r"\d+", "".join(re.findall(r"\{[^}]*\}", value)))
+                times = max(value.count("("), *map(int, counts), 0)
+            if times > _MOST_TIMES:
+                raise _UnfollowedError(f"{key} asks for {times} ({_MOST_TIMES} at most)")
+            if key in _NAMED and isinstance(value, dict):
+                unseen += value.values()
+            elif key in _NESTED:
+                unseen.append(value)
 
 
 class GrammarState:

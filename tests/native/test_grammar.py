@@ -1,0 +1,68 @@
+"""JSON schemas: what the grammar keeps to, and what is refused before llama.cpp sees it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoglm_gguf import AutoGLM, EngineError
+from autoglm_gguf.native.grammar import schema_to_grammar
+
+pytestmark = pytest.mark.native
+STRING = {"type": "string"}
+
+
+def nested(n: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "array"}
+    for _ in range(n):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"type": "integer", "minimum": 0, "maximum": 999}, "'minimum' is not kept to"),
+        ({"properties": {"x": {"multipleOf": 5}}}, "'multipleOf'"),
+        ({"$defs": {"a": {"not": {}}}, "properties": {}}, "'not'"),
+        ({"type": "array", "items": STRING, "uniqueItems": True}, "'uniqueItems'"),
+        ({"anyOf": [STRING, {"type": "object", "minProperties": 1}]}, "'minProperties'"),
+        ({"type": "string", "maxLength": 10**8}, "maxLength asks for 100000000 (1000 at most)"),
+        ({"type": "string", "minLength": 10**8}, "minLength asks for"),
+        ({"type": "array", "items": STRING, "maxItems": 1001}, "maxItems asks for 1001"),
+        ({"type": "string", "pattern": "^a{2,3000}$"}, "pattern asks for 3000"),
+        ({"type": "string", "pattern": "^" + "(" * 2000 + "a" + ")" * 2000 + "$"}, "pattern"),
+        ({"type": "nothing"}, "cannot be turned into a grammar"),
+        ({"properties": 5}, "cannot be turned into a grammar"),
+    ],
+)
+def test_schema_that_would_not_be_kept_to_is_refused(schema: object, named: str) -> None:
+    with pytest.raises(ValueError, match=r"^schema: ") as caught:
+        schema_to_grammar(json.dumps(schema))
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"minimum": STRING, "not": STRING}},  # names, not keywords
+        {"type": "array", "items": STRING, "uniqueItems": False, "maxItems": 1000},
+        {"enum": [{"maximum": 1}], "default": {"not": 1}, "title": "maximum"},
+        {"type": "string", "pattern": "^2026,3000$"},
+        {"type": "string", "maxLength": 1000},
+    ],
+)
+def test_schema_whose_words_only_look_like_keywords_is_taken(schema: object) -> None:
+    assert "root ::=" in schema_to_grammar(json.dumps(schema))
+
+
+def test_schema_that_no_answer_fits_leaves_the_model_usable(random_pair: tuple[Path, Path]) -> None:
+    with AutoGLM.load(random_pair[0], mmproj=None, n_ctx=256, n_threads=1) as model:
+        with pytest.raises(EngineError, match="schema: no token goes on"):
+            model.generate("t", max_tokens=9, constrain={"enum": ["\0"]})
+        with pytest.raises(ValueError, match="schema: nested too deeply"):
+            model.generate("t", max_tokens=9, constrain=nested(5000))
+        assert model.generate("t", max_tokens=30, constrain={"enum": ["a"]}).text == '"a"'

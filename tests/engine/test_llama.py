@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,6 +146,20 @@ def test_max_image_tokens_bounds_an_image(random_pair: tuple[Path, Path]) -> Non
     with load(random_pair, max_image_tokens=30) as model:
         answer = model.generate("hello", image=Image.new("RGB", (1080, 2400)), max_tokens=1)
     assert 16 <= answer.usage.image_tokens <= 30
+
+
+def test_image_that_no_limit_makes_short_is_seen_after_others(
+    tiny_pair: Callable[[str], tuple[Path, Path]],
+) -> None:
+    long = Image.linear_gradient("L").resize((28, 5600))  # 1 x 120 tokens; autoglm-tiny has 72
+    answers = []
+    for before in ([], [Image.new("RGB", (112, 112))]):
+        with load(tiny_pair("q8_0"), n_threads=1) as model:
+            for image in (*before, long):
+                answer = model.generate("hello", image=image, max_tokens=8)
+            answers.append((answer.usage.image_tokens, answer.text))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 120
 
 
 def test_several_images_keep_their_places(random_pair: tuple[Path, Path]) -> None:

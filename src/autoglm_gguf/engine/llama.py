@@ -184,10 +184,13 @@ class LlamaEngine:
                 hint="load the model together with its mmproj file",
             )
         return_free_memory()  # what decoding the screenshot has left behind
+        n_tokens = grid[0] * grid[1]
+        if self._tower is not None and n_tokens > self._tower.max_image_tokens:
+            self._close_tower()
         if self._tower is None:
             if self._residency is not None:
                 self._residency.give_way()
-            self._tower = self._open_tower(self._mmproj, self._info.vision, grid[0] * grid[1])
+            self._tower = self._open_tower(self._mmproj, self._info.vision, n_tokens)
         try:
             with HeldInterrupts(self._stop):
                 return ImageEmbedding(self._tower.encode(pixels, grid, self._stop), grid)

@@ -59,7 +59,7 @@ class VisionTower:
         params.flash_attn_type = 1 if flash_attn else 0
         params.warmup = False  # it would reserve 496 MiB whatever the limit
         params.image_min_tokens = 1  # the caller has already chosen the size
-        params.image_max_tokens = max_image_tokens
+        params.image_max_tokens = self.max_image_tokens = max_image_tokens
         # The tower's backend takes no abort callback: this one ends the graph after any of the long
         # nodes. Asked for all of them, it cost a twentieth of the time.
         self._callback = load_llama().ggml_backend_sched_eval_callback(self._on_node)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         AutoGLMError,
         BenchError,
         CheckpointError,
+        CloudError,
         ContextFullError,
         ConversionError,
         DoesNotFitError,
@@ -36,13 +37,18 @@ if TYPE_CHECKING:
     )
     from autoglm_gguf.gguf.header import Header, TensorInfo, read_header
     from autoglm_gguf.hub import pull
+    from autoglm_gguf.hybrid.client import HybridClient
+    from autoglm_gguf.hybrid.cloud import CloudModel
+    from autoglm_gguf.hybrid.policy import HybridPolicy
     from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
     from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
     from autoglm_gguf.messages import (
         Chunk,
         Completion,
+        Confidence,
         ImagePart,
         Message,
+        Route,
         TextPart,
         Timings,
         TokenLogprob,
@@ -65,6 +71,7 @@ _HOMES = {
         "AutoGLMError",
         "BenchError",
         "CheckpointError",
+        "CloudError",
         "ContextFullError",
         "ConversionError",
         "DoesNotFitError",
@@ -82,11 +89,14 @@ _HOMES = {
     ),
     "gguf.header": ("Header", "TensorInfo", "read_header"),
     "hub": ("pull",),
+    "hybrid.client": ("HybridClient",),
+    "hybrid.cloud": ("CloudModel",),
+    "hybrid.policy": ("HybridPolicy",),
     "memory.measure": ("MemoryUsage", "measure_memory"),
     "memory.plan": ("MemoryPlan", "plan_memory"),
     "messages": (
-        *("Chunk", "Completion", "ImagePart", "Message", "TextPart", "Timings", "TokenLogprob"),
-        "Usage",
+        *("Chunk", "Completion", "Confidence", "ImagePart", "Message", "Route", "TextPart"),
+        *("Timings", "TokenLogprob", "Usage"),
     ),
     "progress": ("Progress",),
     "saved_session": ("SavedSession",),
@@ -103,7 +113,10 @@ __all__ = [
     "ChatSession",
     "CheckpointError",
     "Chunk",
+    "CloudError",
+    "CloudModel",
     "Completion",
+    "Confidence",
     "ContextFullError",
     "ContextParams",
     "ConversionError",
@@ -113,6 +126,8 @@ __all__ = [
     "GGUFError",
     "Header",
     "HubError",
+    "HybridClient",
+    "HybridPolicy",
     "ImageError",
     "ImagePart",
     "MemoryPlan",
@@ -123,6 +138,7 @@ __all__ = [
     "PairMismatchError",
     "Progress",
     "PromptError",
+    "Route",
     "SamplingParams",
     "SavedSession",
     "SavedSessionError",

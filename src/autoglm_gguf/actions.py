@@ -270,14 +270,24 @@ def parse_answer(text: str) -> tuple[str, Action]:
     Raises:
         ActionParseError: No action, an unknown one, or arguments missing or out of range.
     """
-    body = text.strip()
+    start, _, action = find_action(text)
+    return _thinking(text[:start].lstrip()), action
+
+
+def find_action(text: str) -> tuple[int, int, Action]:
+    """An answer's action and where it stands: ``text[start:end]``, chatter after it included.
+
+    Raises:
+        ActionParseError: See `parse_answer`.
+    """
+    body = text.rstrip()
     first: ActionParseError | None = None
     for start in _starts(body):
         # Usually the last tag ends the action, and what follows it is chatter; a text may hold one.
         ends = {max(body.rfind("</answer>"), start), len(body)} - {start}
         for end in sorted(ends):
             try:
-                return _thinking(body[:start]), parse_action(body[start:end], whole=text)
+                return start, end, parse_action(body[start:end], whole=text)
             except ActionParseError as error:
                 first = first or error
     raise first or _no_action("no do(...) or finish(...) in the answer", text)

@@ -18,6 +18,7 @@ This module knows what can go wrong and what to type next; it does not know how 
     ├── SavedSessionError        a saved session that cannot be written, read, or used here
     ├── EngineError              llama.cpp failed while loading or running
     │   └── EngineBusyError          a stream of this model is still open
+    ├── CloudError               a configured cloud model gave no answer
     ├── BenchError               a measurement that could not be made, saved, drawn or read back
     ├── VerificationError        a converted model lies outside its thresholds
     └── NativeLibraryError       llama-cpp-python is missing or not the pinned version
@@ -143,6 +144,29 @@ class EngineError(AutoGLMError):
 
 class EngineBusyError(EngineError):
     """A stream of this model is still open in the same thread."""
+
+
+class CloudError(AutoGLMError):
+    """A configured cloud model that gave no answer: unreachable, refusing, or not understood.
+
+    Args:
+        message: See `AutoGLMError`; never a key.
+        status: HTTP status of a refusal; None if it did not come to one.
+        retry_after_s: Seconds for which it asked to be left alone.
+        hint: See `AutoGLMError`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class NativeLibraryError(AutoGLMError):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+Source: TypeAlias = Literal["local", "cloud"]
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image"
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -163,6 +164,34 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Confidence:
+    """How probable a model held the action it chose; 0..1, over the tokens of the action alone."""
+
+    mean: float
+    """Mean probability of its tokens."""
+    lowest: float
+    """Probability of the least probable one."""
+    n_tokens: int
+    """How many were chosen; those that a constraint left no choice about do not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Who gave an answer, and why; see `HybridClient`."""
+
+    source: Source
+    """The model on this device, or the cloud."""
+    reason: str
+    """In words, for a person."""
+    model: str = ""
+    """Name of the model that answered."""
+    confidence: Confidence | None = None
+    """Of the action that the device chose, where it was judged, whoever answered in the end."""
+    cached: bool = False
+    """A cloud answer to an earlier request of the same content: nothing was sent."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of an answer. Exactly one chunk of a stream, the last, has a ``finish_reason``."""
 
@@ -176,6 +205,8 @@ class Chunk:
     """On the last chunk only."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of ``tokens`` if they were asked for, else none."""
+    route: Route | None = None
+    """On the last chunk of a `HybridClient`'s answer only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +220,8 @@ class Completion:
     timings: Timings = field(default_factory=Timings)
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of ``tokens`` if they were asked for, else none."""
+    route: Route | None = None
+    """Who gave it; of a `HybridClient` only."""
 
 
 def collect(chunks: Iterator[Chunk] | Sequence[Chunk]) -> Completion:
@@ -209,6 +242,7 @@ def collect(chunks: Iterator[Chunk] | Sequence[Chunk]) -> Completion:
         last.usage or Usage(),
         last.timings or Timings(),
         tuple(logprobs),
+        last.route,
     )
 
 

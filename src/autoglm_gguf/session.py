@@ -49,6 +49,7 @@ from autoglm_gguf.messages import (
     ImageSource,
     Message,
     MessageLike,
+    Route,
     Timings,
     Usage,
     collect,
@@ -62,7 +63,7 @@ from autoglm_gguf.stopping import StopFlag
 if TYPE_CHECKING:
     from autoglm_gguf.saved_session import SavedSession
 
-_AUTO_SYSTEM = "auto"
+AUTO_SYSTEM = "auto"
 _WAIT_SECONDS = 0.05  # how often a waiting request looks whether it was cancelled
 
 
@@ -78,6 +79,24 @@ class Step:
     timings: Timings
     finish_reason: FinishReason = "stop"
     """``length``: tokens ran out, so thinking or a text of the action was cut short and closed."""
+    route: Route | None = None
+    """Who gave it; of a `HybridClient` only."""
+
+
+def act_messages(
+    task: str,
+    screenshot: ImageSource | None,
+    system: str | None = AUTO_SYSTEM,
+    current_app: str | None = None,
+) -> list[Message]:
+    """A step of a phone agent as messages, in the client's layout; see `AutoGLM.act`."""
+    text = task
+    if current_app is not None:
+        screen = json.dumps({"current_app": current_app}, ensure_ascii=False)
+        text = f"{task}\n\n{screen}"
+    prompt = choose_system_prompt(task) if system == AUTO_SYSTEM else system
+    messages = [] if prompt is None else [Message("system", prompt)]
+    return [*messages, user_message(text, screenshot)]
 
 
 def read_step(answer: Completion) -> Step:
@@ -96,7 +115,7 @@ def read_step(answer: Completion) -> Step:
         cut, hint = ("cut", hint) if reason == "length" else ("cancelled", "ask again")
         message = f"{error.message}: {cut} after {answer.usage.completion_tokens} tokens"
         raise ActionParseError(message, text=error.text, hint=hint) from error
-    return Step(thinking, action, answer.text, answer.usage, answer.timings, reason)
+    return Step(thinking, action, answer.text, answer.usage, answer.timings, reason, answer.route)
 
 
 class AutoGLM:
@@ -343,7 +362,7 @@ class AutoGLM:
         task: str,
         screenshot: ImageSource | None = None,
         *,
-        system: str | None = _AUTO_SYSTEM,
+        system: str | None = AUTO_SYSTEM,
         current_app: str | None = None,
         max_tokens: int = 512,
         **sampling: Any,
@@ -364,13 +383,13 @@ class AutoGLM:
             ActionParseError: The answer holds no valid action.
             Exception: Everything `stream` raises.
         """
-        messages = self._act_messages(task, screenshot, system, current_app)
+        messages = act_messages(task, screenshot, system, current_app)
         return read_step(self.generate(messages, max_tokens=max_tokens, **act_options(sampling)))
 
     async def aact(self, task: str, screenshot: ImageSource | None = None, **options: Any) -> Step:
         """Like `act`, without blocking the event loop; cancelling the task stops the work."""
-        system = options.pop("system", _AUTO_SYSTEM)
-        messages = self._act_messages(task, screenshot, system, options.pop("current_app", None))
+        system = options.pop("system", AUTO_SYSTEM)
+        messages = act_messages(task, screenshot, system, options.pop("current_app", None))
         options.setdefault("max_tokens", 512)
         chunks = [chunk async for chunk in self.astream(messages, **act_options(options))]
         return read_step(collect(chunks))
@@ -407,17 +426,6 @@ class AutoGLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _act_messages(
-        self, task: str, screenshot: ImageSource | None, system: str | None, current_app: str | None
-    ) -> list[Message]:
-        text = task
-        if current_app is not None:
-            screen = json.dumps({"current_app": current_app}, ensure_ascii=False)
-            text = f"{task}\n\n{screen}"
-        prompt = choose_system_prompt(task) if system == _AUTO_SYSTEM else system
-        messages = [] if prompt is None else [Message("system", prompt)]
-        return [*messages, user_message(text, screenshot)]
 
     def _prepare(
         self,

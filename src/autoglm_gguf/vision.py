@@ -84,6 +84,21 @@ def read_pixels(
     return Pixels(np.asarray(image, np.uint8), grid, size)
 
 
+def encode_png(source: ImageSource) -> bytes:
+    """An image's pixels as an RGB PNG file, and nothing else of it: no name, place, time or camera.
+
+    Raises:
+        ImageError: See `open_image`.
+    """
+    from PIL import Image as PILImage
+
+    image = _to_rgb(open_image(source))
+    bare = PILImage.frombytes("RGB", image.size, image.tobytes())  # a copy would keep image.info
+    file = io.BytesIO()
+    bare.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
 def _to_rgb(image: Image) -> Image:
     """RGB; whatever is transparent shows white, as transformers composites it."""
     from PIL import Image as PILImage

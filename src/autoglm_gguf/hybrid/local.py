@@ -1,0 +1,104 @@
+"""Who answers on the device: the protocol, and a stand-in for a model that cannot be held."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Generator, Sequence
+from typing import Any, NoReturn, Protocol
+
+from autoglm_gguf.engine.base import EngineInfo
+from autoglm_gguf.errors import DoesNotFitError
+from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
+from autoglm_gguf.messages import Chunk, ImageSource, MessageLike
+
+Prompt = str | Sequence[MessageLike]
+
+
+class LocalModel(Protocol):
+    """What `AutoGLM` offers; each method is described there."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """See `AutoGLM.info`."""
+
+    def memory(self) -> MemoryUsage | None:
+        """See `AutoGLM.memory`."""
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        image: ImageSource | None = None,
+        raw: bool = False,
+        **sampling: Any,
+    ) -> Generator[Chunk, None, None]:
+        """See `AutoGLM.stream`."""
+
+    def astream(
+        self,
+        prompt: Prompt,
+        *,
+        image: ImageSource | None = None,
+        raw: bool = False,
+        **sampling: Any,
+    ) -> AsyncIterator[Chunk]:
+        """See `AutoGLM.astream`."""
+
+    def cancel(self) -> None:
+        """See `AutoGLM.cancel`."""
+
+    def close(self) -> None:
+        """See `AutoGLM.close`."""
+
+
+class UnloadedModel:
+    """Refuses every request, since its model could not be loaded; the cloud may then answer.
+
+    Args:
+        name: The model's.
+        error: Why it is not loaded.
+    """
+
+    def __init__(self, name: str, error: DoesNotFitError) -> None:
+        self._error = error
+        self.info = EngineInfo(
+            name=name,
+            n_ctx=0,
+            n_vocab=0,
+            stop_ids=frozenset(),
+            chat_template=None,
+            vision=None,
+            max_image_tokens=None,
+            notes=(f"model: not loaded ({error.message}); the cloud answers, or nobody",),
+        )
+
+    def memory(self) -> MemoryUsage | None:
+        """What this process holds now."""
+        return measure_memory()
+
+    def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
+        """Refuse.
+
+        Raises:
+            DoesNotFitError: Always.
+        """
+        self._refuse()
+
+    async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
+        """Refuse, as `stream`."""
+        self._refuse()
+        yield Chunk("")  # makes it a generator
+
+    def cancel(self) -> None:
+        """Nothing to cancel."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _refuse(self) -> NoReturn:
+        error = self._error  # a new one each time: whoever catches it may add to its hint
+        raise DoesNotFitError(
+            error.message,
+            budget_bytes=error.budget_bytes,
+            required_bytes=error.required_bytes,
+            hint=error.hint,
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,7 @@ from autoglm_gguf.errors import CloudError
 from autoglm_gguf.hybrid.breaker import CircuitBreaker
 from autoglm_gguf.hybrid.cache import AnswerCache
 from autoglm_gguf.hybrid.cloud import CloudModel
-from autoglm_gguf.hybrid.local import LocalModel, Prompt
+from autoglm_gguf.hybrid.local import LocalModel, PromptLike
 from autoglm_gguf.hybrid.policy import HybridPolicy
 from autoglm_gguf.hybrid.routing import REFUSALS, Ends, Routing
 from autoglm_gguf.memory.measure import MemoryUsage
@@ -32,6 +32,7 @@ from autoglm_gguf.messages import (
     parse_messages,
     user_message,
 )
+from autoglm_gguf.prompt import Prompt
 from autoglm_gguf.sampling import act_options
 from autoglm_gguf.session import AUTO_SYSTEM, Step, act_messages, read_step
 from autoglm_gguf.stopping import StopFlag
@@ -65,7 +66,6 @@ class HybridClient:
         breaker = CircuitBreaker(policy.n_failures, policy.open_s, clock=clock)
         cache = AnswerCache(policy.cache_size)
         self._ends = Ends(local.info.name, cloud, policy, breaker, cache)
-        self._info = replace(local.info, notes=(*local.info.notes, *self._notes()))
         self._open: set[StopFlag] = set()
 
     def _notes(self) -> Iterator[str]:
@@ -82,21 +82,26 @@ class HybridClient:
     @property
     def info(self) -> EngineInfo:
         """The device's, with notes on the cloud."""
-        return self._info
+        info = self._local.info
+        return replace(info, notes=(*info.notes, *self._notes()))
 
     @property
     def takes_images(self) -> bool:
         """Whether images can be answered, here or by the cloud."""
         sends = self._cloud is not None and self._policy.send_images and not self._policy.offline
-        return self._info.vision is not None or sends
+        return self._local.info.vision is not None or sends
 
     def memory(self) -> MemoryUsage | None:
         """The device's; see `AutoGLM.memory`."""
         return self._local.memory()
 
+    def render(self, prompt: PromptLike, *, raw: bool = False) -> Prompt:
+        """The prompt as the model on the device will see it; see `AutoGLM.render`."""
+        return self._local.render(prompt, raw=raw)
+
     def stream(
         self,
-        prompt: Prompt,
+        prompt: PromptLike,
         *,
         image: ImageSource | None = None,
         raw: bool = False,
@@ -127,7 +132,7 @@ class HybridClient:
 
     def generate(
         self,
-        prompt: Prompt,
+        prompt: PromptLike,
         *,
         image: ImageSource | None = None,
         raw: bool = False,
@@ -138,7 +143,7 @@ class HybridClient:
 
     async def astream(
         self,
-        prompt: Prompt,
+        prompt: PromptLike,
         *,
         image: ImageSource | None = None,
         raw: bool = False,
@@ -226,7 +231,7 @@ class HybridClient:
         self.close()
 
     def _route(
-        self, prompt: Prompt, image: ImageSource | None, raw: bool, sampling: dict[str, Any]
+        self, prompt: PromptLike, image: ImageSource | None, raw: bool, sampling: dict[str, Any]
     ) -> Routing:
         params = SamplingParams.of(**sampling)
         if raw:
@@ -250,8 +255,9 @@ class HybridClient:
         with self._asking() as stop:
             try:
                 routing.enter()
-                for chunk in self._cloud.stream(routing.body(), stop):
-                    yield from routing.take_cloud(chunk)
+                with closing(self._cloud.stream(routing.body(), stop)) as answer:
+                    for chunk in answer:
+                        yield from routing.take_cloud(chunk)
             except CloudError as error:
                 yield from routing.fail(error)
             finally:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Generator, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 from autoglm_gguf.engine.base import EngineInfo
 from autoglm_gguf.errors import DoesNotFitError
 from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
 from autoglm_gguf.messages import Chunk, ImageSource, MessageLike
+from autoglm_gguf.prompt import Prompt
 
-Prompt = str | Sequence[MessageLike]
+PromptLike: TypeAlias = str | Sequence[MessageLike]
 
 
 class LocalModel(Protocol):
@@ -23,9 +24,12 @@ class LocalModel(Protocol):
     def memory(self) -> MemoryUsage | None:
         """See `AutoGLM.memory`."""
 
+    def render(self, prompt: PromptLike, *, raw: bool = False) -> Prompt:
+        """See `AutoGLM.render`."""
+
     def stream(
         self,
-        prompt: Prompt,
+        prompt: PromptLike,
         *,
         image: ImageSource | None = None,
         raw: bool = False,
@@ -35,7 +39,7 @@ class LocalModel(Protocol):
 
     def astream(
         self,
-        prompt: Prompt,
+        prompt: PromptLike,
         *,
         image: ImageSource | None = None,
         raw: bool = False,
@@ -75,7 +79,11 @@ class UnloadedModel:
         """What this process holds now."""
         return measure_memory()
 
-    def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
+    def render(self, prompt: PromptLike, *, raw: bool = False) -> Prompt:
+        """Refuse, as `stream`: the template is in the model."""
+        self._refuse()
+
+    def stream(self, prompt: PromptLike, **options: Any) -> Generator[Chunk, None, None]:
         """Refuse.
 
         Raises:
@@ -83,7 +91,7 @@ class UnloadedModel:
         """
         self._refuse()
 
-    async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
+    async def astream(self, prompt: PromptLike, **options: Any) -> AsyncIterator[Chunk]:
         """Refuse, as `stream`."""
         self._refuse()
         yield Chunk("")  # makes it a generator

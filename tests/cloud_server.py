@@ -1,4 +1,4 @@
-"""A cloud on loopback that answers from a script: chat completions as events, and every misbehaviour.
+"""A cloud on loopback that answers from a script: events, and misbehaviour.
 
 Keeps the bytes of each request. Knows HTTP, and nothing of the package.
 """
@@ -157,7 +157,6 @@ class _Handler(BaseHTTPRequestHandler):
             elif play.resets:
                 linger = struct.pack("ii", 1, 0)
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                self.connection.close()
             elif not play.breaks:
                 self.wfile.write(b"0\r\n\r\n")
         except OSError:

@@ -83,9 +83,9 @@ def judge(answer: Completion, policy: HybridPolicy) -> Verdict:
         return Verdict(True, "it was cancelled")
     try:
         start, end, _ = find_action(answer.text)
-    except ActionParseError as error:
+    except ActionParseError:
         cut = ", cut off at max_tokens" if answer.finish_reason == "length" else ""
-        return Verdict(False, f"no valid action ({error.message.removeprefix('answer: ')}){cut}")
+        return Verdict(False, f"no valid action{cut}")
     confidence = measure_confidence(answer.logprobs, answer.text[start:end])
     if answer.finish_reason == "length":
         return Verdict(False, "the thinking was cut off at max_tokens", confidence)

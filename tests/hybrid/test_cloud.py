@@ -20,12 +20,6 @@ from autoglm_gguf.stopping import StopFlag
 
 KEY = "sk-very-secret"
 SSE = {"Content-Type": "text/event-stream"}
-pytestmark = pytest.mark.usefixtures("no_proxy")
-
-
-@pytest.fixture
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture(params=["stream", "astream"])

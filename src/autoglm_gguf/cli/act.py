@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from autoglm_gguf.annotate import annotate
-from autoglm_gguf.cli import options, output
+from autoglm_gguf.cli import cloud_options, options, output
 from autoglm_gguf.cli.plan import draw_memory, memory_as_json
 from autoglm_gguf.config import CONSTRAIN_ACTION
 from autoglm_gguf.vision import open_image
@@ -26,6 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--annotate", metavar="PNG", help="write the screenshot with the tap or swipe drawn on it"
     )
     options.add_sampling_options(parser, max_tokens=512)
+    cloud_options.add_cloud_options(parser)
     parser.add_argument(
         "--no-constrain",
         dest="constrain",
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = options.sampling_arguments(arguments)
     if arguments.annotate is not None:
         _check_drawing(arguments)
-    with options.load_model(arguments) as model:
+    with cloud_options.load_model(arguments) as model:
         step = model.act(
             arguments.task,
             arguments.screenshot,
@@ -61,9 +62,13 @@ def run(arguments: argparse.Namespace) -> None:
             "usage": asdict(step.usage),
             "timings": asdict(step.timings),
         }
+        if step.route is not None:
+            facts["route"] = asdict(step.route)
         output.write_json(facts if memory is None else {**facts, "memory": memory})
     else:
         output.note(output.dim(f"thinking: {step.thinking}"))
+        if step.route is not None:
+            output.note(output.dim(cloud_options.draw_route(step.route)))
         output.write(step.action.render())
         for line in lines:
             output.note(line)

@@ -15,14 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from autoglm_gguf.cli import options, output
+from autoglm_gguf.cli import cloud_options, options, output
+from autoglm_gguf.cli.cloud_options import Model, draw_route, takes_images
 from autoglm_gguf.cli.plan import draw_memory
 from autoglm_gguf.cli.prompt_line import EndOfInput, LineReader, open_reader
 from autoglm_gguf.config import CONSTRAIN_ACTION
 from autoglm_gguf.conversation import ChatSession
 from autoglm_gguf.errors import AutoGLMError
 from autoglm_gguf.messages import Chunk, ImagePart, ImageSource
-from autoglm_gguf.session import AutoGLM
 from autoglm_gguf.units import format_bytes
 from autoglm_gguf.vision import open_image
 
@@ -47,6 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--image", metavar="PATH", help="image for the first message")
     parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     options.add_sampling_options(parser, max_tokens=512)
+    cloud_options.add_cloud_options(parser)
     held = parser.add_mutually_exclusive_group()
     held.add_argument(
         "--constrain",
@@ -66,7 +67,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Converse until the input ends."""
     sampling = options.sampling_arguments(arguments)
-    with options.load_model(arguments) as model, model.chat(system=arguments.system) as session:
+    with (
+        cloud_options.load_model(arguments) as model,
+        model.chat(system=arguments.system) as session,
+    ):
         talk = Conversation(model, session, sampling, as_json=arguments.json)
         if arguments.image is not None:
             talk.handle(f"/image {arguments.image}")
@@ -85,7 +89,7 @@ class ConversationFailedError(AutoGLMError):
 
 
 @contextlib.contextmanager
-def _ctrl_c_cancels(model: AutoGLM, interactive: bool) -> Iterator[list[int]]:
+def _ctrl_c_cancels(model: Model, interactive: bool) -> Iterator[list[int]]:
     """While an answer runs, Ctrl-C cancels it; a second press interrupts at once.
 
     An exception raised inside llama.cpp's callbacks would be swallowed there.
@@ -120,7 +124,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: AutoGLM,
+        model: Model,
         session: ChatSession,
         sampling: dict[str, Any],
         *,
@@ -185,7 +189,7 @@ class Conversation:
             output.note(f"{dropped}: taken back" if dropped else needs)
             return
         try:
-            if self._model.info.vision is None:
+            if not takes_images(self._model):
                 output.note("error: this model takes no images; load it with its mmproj file")
                 self.failed = True
                 return
@@ -289,11 +293,16 @@ class Conversation:
             if n_dropped:
                 output.note(f"note: the {n_dropped} oldest messages had no room and were left out")
             output.note(output.dim(self._summary(last), sys.stderr))
+        if last.route is not None:
+            output.note(output.dim(draw_route(last.route), sys.stderr))
 
     def _summary(self, last: Chunk) -> str:
         assert last.usage is not None and last.timings is not None
         usage, timings = last.usage, last.timings
-        left = self._model.info.n_ctx - usage.total_tokens
+        left = max(0, self._model.info.n_ctx - usage.total_tokens)
+        by_cloud = (
+            last.route is not None and last.route.source == "cloud"
+        )  # whose context is its own
         parts = {"image": usage.image_tokens, "kept": timings.cache_n}
         of_them = ", ".join(f"{n} {name}" for name, n in parts.items() if n)
         of_them = f" ({of_them})" if of_them else ""
@@ -302,7 +311,7 @@ class Conversation:
         return (
             f"[{usage.prompt_tokens}{of_them} + {usage.completion_tokens} tokens{drafts} · "
             f"{timings.predicted_per_second:.1f} tok/s · first token {timings.ttft_ms:.0f} ms · "
-            f"context left {max(0, left)} · {last.finish_reason}]"
+            f"{'' if by_cloud else f'context left {left} · '}{last.finish_reason}]"
         )
 
 
@@ -325,4 +334,5 @@ def _as_json(said: str, last: Chunk) -> dict[str, Any]:
         "finish_reason": last.finish_reason or "cancelled",
         "usage": asdict(last.usage) if last.usage else None,
         "timings": asdict(last.timings) if last.timings else None,
+        **({"route": asdict(last.route)} if last.route else {}),
     }

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from typing import Any
 
 from autoglm_gguf.cli import options, output
+from autoglm_gguf.cli.cloud_options import Model
 from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.measure import MemoryUsage
 from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
-from autoglm_gguf.session import AutoGLM
 from autoglm_gguf.units import format_bytes
 
 _BAR = 40
@@ -52,7 +52,7 @@ def plan_as_json(plan: MemoryPlan) -> dict[str, Any]:
     return {**asdict(plan), **derived}
 
 
-def memory_as_json(model: AutoGLM) -> dict[str, Any]:
+def memory_as_json(model: Model) -> dict[str, Any]:
     """The plan and what is measured now."""
     plan, usage = model.info.plan, model.memory()
     return {
@@ -89,7 +89,7 @@ def draw_plan(plan: MemoryPlan) -> Iterator[str]:
             yield f"{'':<41}{lever.cost}"
 
 
-def draw_memory(model: AutoGLM) -> Iterator[str]:
+def draw_memory(model: Model) -> Iterator[str]:
     """The plan's phases beside what is measured now."""
     plan, usage = model.info.plan, model.memory()
     yield f"{'memory':<12}{'planned':>11}{'measured':>11}"

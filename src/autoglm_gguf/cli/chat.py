@@ -300,9 +300,7 @@ class Conversation:
         assert last.usage is not None and last.timings is not None
         usage, timings = last.usage, last.timings
         left = max(0, self._model.info.n_ctx - usage.total_tokens)
-        by_cloud = (
-            last.route is not None and last.route.source == "cloud"
-        )  # whose context is its own
+        is_ours = last.route is None or last.route.source == "local"  # and so is the context
         parts = {"image": usage.image_tokens, "kept": timings.cache_n}
         of_them = ", ".join(f"{n} {name}" for name, n in parts.items() if n)
         of_them = f" ({of_them})" if of_them else ""
@@ -311,7 +309,7 @@ class Conversation:
         return (
             f"[{usage.prompt_tokens}{of_them} + {usage.completion_tokens} tokens{drafts} · "
             f"{timings.predicted_per_second:.1f} tok/s · first token {timings.ttft_ms:.0f} ms · "
-            f"{'' if by_cloud else f'context left {left} · '}{last.finish_reason}]"
+            f"{f'context left {left} · ' if is_ours else ''}{last.finish_reason}]"
         )
 
 

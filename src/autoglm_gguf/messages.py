@@ -45,6 +45,13 @@ class Message:
     role: Role
     content: str | tuple[Part, ...]
 
+    @property
+    def text(self) -> str:
+        """What it says, without its images."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
 
 MessageLike: TypeAlias = Message | Mapping[str, Any]
 

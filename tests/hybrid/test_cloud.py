@@ -208,6 +208,19 @@ def test_cloud_that_does_not_connect_is_left_after_the_time_to_connect(ask: Any)
                 ask(model)
 
 
+def test_name_look_up_that_hangs_takes_no_longer_than_connecting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: known.wait(60) and [])
+    model = CloudModel("http://cloud.example/v1", "m", connect_s=0.2)
+    began = time.monotonic()
+    with pytest.raises(CloudError, match=r"not connected within 0.2 s"):
+        list(model.stream(body_of(model)))
+    assert time.monotonic() - began < 30
+    known.set()
+
+
 @pytest.mark.parametrize(
     ("status", "hint"), [(401, "API key"), (404, "model's name"), (429, "later"), (500, "")]
 )

@@ -30,6 +30,7 @@ from autoglm_gguf.stopping import StopFlag, Stopped
 
 _T = TypeVar("_T")
 _POLL_S = 0.05  # how often a waiting request looks whether it was cancelled
+_CLOSE_S = 1.0  # how long a closed stream waits for its connection to be closed
 _MAX_ERROR_BYTES = 1 << 16
 _HINTS = {
     401: "check the API key",
@@ -267,19 +268,17 @@ def _drain(cloud: CloudModel, body: bytes, stop: StopFlag) -> Generator[Chunk, N
     ready: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
 
     async def read() -> None:
-        async with aclosing(cloud.astream(body, stop)) as chunks:
-            async for chunk in chunks:
-                ready.put(chunk)
-
-    def work() -> None:
         last: BaseException | None = None
         try:
-            asyncio.run(read())
+            async with aclosing(cloud.astream(body, stop)) as chunks:
+                async for chunk in chunks:
+                    ready.put(chunk)
         except BaseException as error:
             last = error
+        # From in here: on its way out the loop waits for name look-ups, which nothing can end.
         ready.put(last)
 
-    thread = threading.Thread(target=work, name="autoglm-gguf cloud", daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(read()), name="cloud", daemon=True)
     thread.start()
     try:
         while isinstance(item := ready.get(), Chunk):
@@ -288,7 +287,7 @@ def _drain(cloud: CloudModel, body: bytes, stop: StopFlag) -> Generator[Chunk, N
             raise item
     finally:
         stop.set()
-        thread.join()
+        thread.join(_CLOSE_S)
 
 
 def _parse_base_url(text: str) -> httpx2.URL:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias
 from autoglm_gguf.engine.base import EngineInfo
 from autoglm_gguf.errors import DoesNotFitError
 from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
-from autoglm_gguf.messages import Chunk, ImageSource, MessageLike
+from autoglm_gguf.messages import Chunk, ImageSource, MessageLike, parse_messages, user_message
 from autoglm_gguf.prompt import Prompt
 
 PromptLike: TypeAlias = str | Sequence[MessageLike]
@@ -60,13 +60,14 @@ class UnloadedModel:
     Args:
         name: The model's.
         error: Why it is not loaded.
+        n_ctx: What to tell of the context, which is the cloud's and not known here.
     """
 
-    def __init__(self, name: str, error: DoesNotFitError) -> None:
+    def __init__(self, name: str, error: DoesNotFitError, *, n_ctx: int = 65_536) -> None:
         self._error = error
         self.info = EngineInfo(
             name=name,
-            n_ctx=0,
+            n_ctx=n_ctx,
             n_vocab=0,
             stop_ids=frozenset(),
             chat_template=None,
@@ -80,8 +81,15 @@ class UnloadedModel:
         return measure_memory()
 
     def render(self, prompt: PromptLike, *, raw: bool = False) -> Prompt:
-        """Refuse, as `stream`: the template is in the model."""
-        self._refuse()
+        """The words alone: the template is in the model.
+
+        Raises:
+            ValueError: A message that is none.
+        """
+        messages = parse_messages(
+            [user_message(prompt, None)] if isinstance(prompt, str) else prompt
+        )
+        return Prompt(("\n".join(m.text for m in messages),))
 
     def stream(self, prompt: PromptLike, **options: Any) -> Generator[Chunk, None, None]:
         """Refuse.

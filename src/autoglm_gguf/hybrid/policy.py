@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from autoglm_gguf.actions import Launch, find_action
 from autoglm_gguf.config import CONSTRAIN_ACTION, SamplingParams
 from autoglm_gguf.errors import ActionParseError
-from autoglm_gguf.messages import Completion, Confidence, Message, TextPart, TokenLogprob
+from autoglm_gguf.messages import Completion, Confidence, Message, TokenLogprob
 
 _ACTION_LANGUAGE = "do(action="
 
@@ -74,7 +74,7 @@ def is_action_request(messages: Sequence[Message], params: SamplingParams) -> bo
     """Whether the answer is to be an action."""
     if params.constrain is not None:
         return params.constrain == CONSTRAIN_ACTION
-    return any(_ACTION_LANGUAGE in _text(m) for m in messages if m.role == "system")
+    return any(_ACTION_LANGUAGE in m.text for m in messages if m.role == "system")
 
 
 def judge(answer: Completion, policy: HybridPolicy) -> Verdict:
@@ -130,9 +130,3 @@ def check_app(action: object, apps: Sequence[str]) -> str:
     if apps and isinstance(action, Launch) and action.app not in apps:
         return f"it launches {action.app!r}, which is not in the list of apps"
     return ""
-
-
-def _text(message: Message) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    return "".join(part.text for part in message.content if isinstance(part, TextPart))

@@ -63,6 +63,10 @@ class ChatSession:
         if messages is not None:
             self.messages = list(messages)
 
+    def answered_by(self, model: Answering) -> ChatSession:
+        """The same conversation, with another who answers."""
+        return ChatSession(model, system=self._system, messages=self.messages, notes=self.notes)
+
     def clear(self) -> None:
         """Forget every turn; the system prompt stays."""
         self.messages = [] if self._system is None else [Message("system", self._system)]

@@ -9,6 +9,7 @@ import math
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -280,6 +281,10 @@ def test_model_that_is_not_loaded_leaves_all_to_the_cloud(ask: Ask) -> None:
             asked = f"the cloud was asked in vain: {cloud.address}: refuses (HTTP 500)"
             assert caught.value.hint == f"more; {asked}"
         assert model.render([Message("user", (TextPart("a"), ImagePart(SCREEN)))]).text == "a"
+        with pytest.raises(DoesNotFitError):
+            model.chat().save("nowhere")
+        with pytest.raises(DoesNotFitError):
+            model.load_chat("nowhere")
     assert any("not loaded" in note for note in model.info.notes)
     assert model.memory() is not None
     model.cancel()
@@ -590,6 +595,18 @@ def test_conversation_goes_on_with_what_the_cloud_said() -> None:
     assert [m["role"] for m in cloud.requests[1].body["messages"]] == [
         *("system", "user", "assistant", "user")
     ]
+
+
+def test_loaded_conversation_goes_on_through_the_client(tmp_path: Path) -> None:
+    with Cloud(say("from afar")) as cloud, HybridClient(device(), cloud_of(cloud)) as model:
+        chat = model.chat(system="kind")
+        chat.send("hello")
+        chat.save(tmp_path / "a")
+        loaded = model.load_chat(tmp_path / "a")
+        assert loaded.messages == chat.messages
+        assert loaded.send(LONG).text == "from afar"
+        loaded.clear()
+        assert loaded.messages == [Message("system", "kind")]
 
 
 def test_info_tells_what_may_be_sent_where() -> None:

@@ -6,12 +6,22 @@ is held back, is in `autoglm_gguf.hybrid.routing`.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.conversation import ChatSession
@@ -28,6 +38,7 @@ from autoglm_gguf.messages import (
     Chunk,
     Completion,
     ImageSource,
+    Message,
     collect,
     parse_messages,
     user_message,
@@ -36,6 +47,9 @@ from autoglm_gguf.prompt import Prompt
 from autoglm_gguf.sampling import act_options
 from autoglm_gguf.session import AUTO_SYSTEM, Step, act_messages, read_step
 from autoglm_gguf.stopping import StopFlag
+
+if TYPE_CHECKING:
+    from autoglm_gguf.saved_session import SavedSession
 
 _DEFAULT_POLICY = HybridPolicy()
 
@@ -184,6 +198,16 @@ class HybridClient:
     def chat(self, *, system: str | None = None) -> ChatSession:
         """Open a conversation; see `AutoGLM.chat`."""
         return ChatSession(self, system=system)
+
+    def load_chat(self, path: str | os.PathLike[str]) -> ChatSession:
+        """Open a saved conversation; see `AutoGLM.load_chat`. Its KV state is the device's."""
+        return self._local.load_chat(path).answered_by(self)
+
+    def save_chat(
+        self, path: Path, messages: Sequence[Message], system: str | None
+    ) -> SavedSession:
+        """See `AutoGLM.save_chat`."""
+        return self._local.save_chat(path, messages, system)
 
     def act(
         self,

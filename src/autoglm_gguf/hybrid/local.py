@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Generator, Sequence
-from typing import Any, NoReturn, Protocol, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
 
+from autoglm_gguf.conversation import ChatSession
 from autoglm_gguf.engine.base import EngineInfo
 from autoglm_gguf.errors import DoesNotFitError
 from autoglm_gguf.memory.measure import MemoryUsage, measure_memory
-from autoglm_gguf.messages import Chunk, ImageSource, MessageLike, parse_messages, user_message
+from autoglm_gguf.messages import Chunk, ImageSource, Message, MessageLike, parse_messages
 from autoglm_gguf.prompt import Prompt
+
+if TYPE_CHECKING:
+    from autoglm_gguf.saved_session import SavedSession
 
 PromptLike: TypeAlias = str | Sequence[MessageLike]
 
@@ -46,6 +52,14 @@ class LocalModel(Protocol):
         **sampling: Any,
     ) -> AsyncIterator[Chunk]:
         """See `AutoGLM.astream`."""
+
+    def load_chat(self, path: str | os.PathLike[str]) -> ChatSession:
+        """See `AutoGLM.load_chat`."""
+
+    def save_chat(
+        self, path: Path, messages: Sequence[Message], system: str | None
+    ) -> SavedSession:
+        """See `AutoGLM.save_chat`."""
 
     def cancel(self) -> None:
         """See `AutoGLM.cancel`."""
@@ -86,9 +100,7 @@ class UnloadedModel:
         Raises:
             ValueError: A message that is none.
         """
-        messages = parse_messages(
-            [user_message(prompt, None)] if isinstance(prompt, str) else prompt
-        )
+        messages = [Message("user", prompt)] if isinstance(prompt, str) else parse_messages(prompt)
         return Prompt(("\n".join(m.text for m in messages),))
 
     def stream(self, prompt: PromptLike, **options: Any) -> Generator[Chunk, None, None]:
@@ -103,6 +115,16 @@ class UnloadedModel:
         """Refuse, as `stream`."""
         self._refuse()
         yield Chunk("")  # makes it a generator
+
+    def load_chat(self, path: str | os.PathLike[str]) -> ChatSession:
+        """Refuse, as `stream`: a saved conversation has the model's KV state."""
+        self._refuse()
+
+    def save_chat(
+        self, path: Path, messages: Sequence[Message], system: str | None
+    ) -> SavedSession:
+        """Refuse, as `stream`: there is no KV state to save."""
+        self._refuse()
 
     def cancel(self) -> None:
         """Nothing to cancel."""

@@ -49,7 +49,7 @@ def test_options_become_a_cloud_and_a_policy() -> None:
     assert read is not None
     cloud, policy = read
     assert (cloud.name, cloud.model) == ("https://c", "m")
-    assert not policy.send_images and policy.escalate_below == 0.7
+    assert not policy.send_images and policy.escalate_below == 0.9
     read = cloud_options.read_cloud(parse(*given, "--cloud-images", "--escalate-below", "0.2"))
     assert read is not None
     assert read[1].send_images and read[1].escalate_below == 0.2
@@ -94,7 +94,7 @@ def test_act_is_answered_here_when_the_action_is_sure(
         step = json.loads(printed.out)
         assert step["rendered"] == 'do(action="Launch", app="微信")'
         assert step["route"]["source"] == "local"
-        assert step["route"]["confidence"]["mean"] > 0.7
+        assert step["route"]["confidence"]["mean"] > 0.9
         assert "note: cloud: big at http://127.0.0.1:" in printed.err
         assert "not encrypted" in printed.err
         assert main(task) == 0

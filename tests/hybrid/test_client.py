@@ -45,7 +45,7 @@ BACK = '<think>t</think><answer>do(action="Back")'
 HOME = '<think>c</think>\n<answer>do(action="Home")'
 SCREEN = Image.new("RGB", (112, 168), "red")
 PICTURES = HybridPolicy(send_images=True)
-UNSURE = "an unsure action, token probability 0.40 on average, under 0.7"
+UNSURE = "an unsure action, token probability 0.40 on average, under 0.9"
 LONG = "x" * 5000
 
 
@@ -145,13 +145,13 @@ def test_device_answers_with_the_network_cut_and_says_that_the_cloud_did_not(
 
 def test_sure_action_stays_on_the_device(ask: Ask) -> None:
     with Cloud() as cloud:
-        answer = ask(HybridClient(device(probability=0.9), cloud_of(cloud)), constrain="action")
+        answer = ask(HybridClient(device(probability=0.95), cloud_of(cloud)), constrain="action")
     assert answer.text == BACK and answer.finish_reason == "stop"
     route = route_of(answer)
-    told = "a sure action, token probability 0.90 on average, 0.90 at least"
+    told = "a sure action, token probability 0.95 on average, 0.95 at least"
     assert (route.source, route.reason, route.model) == ("local", told, "fake")
     assert route.confidence is not None
-    assert (route.confidence.mean, route.confidence.lowest) == pytest.approx((0.9, 0.9), abs=1e-4)
+    assert (route.confidence.mean, route.confidence.lowest) == pytest.approx((0.95, 0.95), abs=1e-4)
     assert cloud.n_connections == 0
 
 
@@ -159,9 +159,9 @@ def test_held_answer_is_the_devices_own_piece_by_piece(ask: Ask) -> None:
     """Nothing but the route, and the time, is added to what the device says."""
     with Cloud() as cloud:
         held = list(
-            HybridClient(device(probability=0.9), cloud_of(cloud)).stream("x", constrain="action")
+            HybridClient(device(probability=0.95), cloud_of(cloud)).stream("x", constrain="action")
         )
-    own = list(device(probability=0.9).stream("x", constrain="action"))
+    own = list(device(probability=0.95).stream("x", constrain="action"))
     assert [(c.text, c.tokens, c.usage) for c in held] == [(c.text, c.tokens, c.usage) for c in own]
     assert [chunk.route is not None for chunk in held] == [False] * (len(held) - 1) + [True]
 
@@ -169,7 +169,7 @@ def test_held_answer_is_the_devices_own_piece_by_piece(ask: Ask) -> None:
 @pytest.mark.parametrize("wanted", [False, True])
 def test_probabilities_are_shown_only_to_who_asked(ask: Ask, wanted: bool) -> None:
     with Cloud() as cloud:
-        model = HybridClient(device(probability=0.9), cloud_of(cloud))
+        model = HybridClient(device(probability=0.95), cloud_of(cloud))
         answer = ask(model, constrain="action", logprobs=wanted)
     assert bool(answer.logprobs) is wanted
 

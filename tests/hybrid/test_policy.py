@@ -81,7 +81,7 @@ def test_there_is_no_confidence_without_a_choice(said: tuple[Any, ...]) -> None:
 
 
 def test_sure_action_is_enough() -> None:
-    verdict = judge(answer(("do(", 0.9), (BACK[3:], 0.8)), HybridPolicy(escalate_below=0.85))
+    verdict = judge(answer(("do(", 0.9), (BACK[3:], 0.8)), HybridPolicy(escalate_below=0.8))
     assert verdict.enough
     assert verdict.reason == "a sure action, token probability 0.85 on average, 0.80 at least"
 

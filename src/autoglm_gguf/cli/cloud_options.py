@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from autoglm_gguf.cli import options, output
 from autoglm_gguf.errors import DoesNotFitError
+from autoglm_gguf.hybrid.policy import HybridPolicy
 from autoglm_gguf.messages import Route
 from autoglm_gguf.session import AutoGLM
 
 if TYPE_CHECKING:  # HTTPX takes longer to import than all else, and few need it
     from autoglm_gguf.hybrid.client import HybridClient
     from autoglm_gguf.hybrid.cloud import CloudModel
-    from autoglm_gguf.hybrid.policy import HybridPolicy
 
 Model: TypeAlias = "AutoGLM | HybridClient"
 _NEED_A_CLOUD = ("cloud_model", "cloud_api_key_env", "cloud_images", "escalate_below")
@@ -41,7 +41,8 @@ def add_cloud_options(parser: argparse.ArgumentParser) -> None:
         "--escalate-below",
         type=float,
         metavar="P",
-        help="ask when the mean probability of an action's tokens is under P (default: 0.7)",
+        help="ask when the mean probability of an action's tokens is under P "
+        f"(default: {HybridPolicy().escalate_below:g})",
     )
 
 
@@ -59,7 +60,6 @@ def read_cloud(arguments: argparse.Namespace) -> tuple[CloudModel, HybridPolicy]
     if arguments.cloud_model is None:
         raise ValueError("--cloud-base-url: needs --cloud-model")
     from autoglm_gguf.hybrid.cloud import CloudModel
-    from autoglm_gguf.hybrid.policy import HybridPolicy
 
     cloud = CloudModel(
         arguments.cloud_base_url, arguments.cloud_model, api_key_env=arguments.cloud_api_key_env

@@ -29,7 +29,7 @@ class HybridPolicy:
         ValueError: A value outside its range.
     """
 
-    escalate_below: float = 0.7
+    escalate_below: float = 0.9
     """The cloud is asked when the mean probability of an action's tokens is lower; 0 never asks."""
     escalate_below_lowest: float = 0.0
     """The same for the least probable token of an action."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -68,20 +69,27 @@ def read_cloud(arguments: argparse.Namespace) -> tuple[CloudModel, HybridPolicy]
     return cloud, HybridPolicy(send_images=bool(arguments.cloud_images), **given)
 
 
-def load_model(arguments: argparse.Namespace) -> Model:
+def load_model(
+    arguments: argparse.Namespace,
+    load: Callable[[argparse.Namespace], AutoGLM] = options.load_model,
+) -> Model:
     """Load the model that the options name, with the cloud that they name, if they do.
 
     A model that does not fit is an error only without a cloud.
+
+    Args:
+        arguments: With the cloud options.
+        load: Loads the model on this device.
     """
     given = read_cloud(arguments)  # before minutes are spent on loading
     if given is None:
-        return options.load_model(arguments)
+        return load(arguments)
     from autoglm_gguf.hybrid.client import HybridClient
     from autoglm_gguf.hybrid.local import LocalModel, UnloadedModel
 
     local: LocalModel
     try:
-        local = options.load_model(arguments)
+        local = load(arguments)
         n_told = len(local.info.notes)
     except DoesNotFitError as error:
         local, n_told = UnloadedModel(Path(arguments.model or "autoglm-tiny").stem, error), 0

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         PairMismatchError,
         PromptError,
         SavedSessionError,
+        ServerError,
         UnsupportedModelError,
         VerificationError,
     )
@@ -84,6 +85,7 @@ _HOMES = {
         "PairMismatchError",
         "PromptError",
         "SavedSessionError",
+        "ServerError",
         "UnsupportedModelError",
         "VerificationError",
     ),
@@ -142,6 +144,7 @@ __all__ = [
     "SamplingParams",
     "SavedSession",
     "SavedSessionError",
+    "ServerError",
     "Step",
     "TensorInfo",
     "TextPart",

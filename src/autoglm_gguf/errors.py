@@ -21,6 +21,7 @@ This module knows what can go wrong and what to type next; it does not know how 
     ├── CloudError               a configured cloud model gave no answer
     ├── BenchError               a measurement that could not be made, saved, drawn or read back
     ├── VerificationError        a converted model lies outside its thresholds
+    ├── ServerError              a server that cannot listen where it was told to
     └── NativeLibraryError       llama-cpp-python is missing or not the pinned version
 """
 
@@ -171,6 +172,10 @@ class CloudError(AutoGLMError):
 
 class NativeLibraryError(AutoGLMError):
     """llama-cpp-python is missing, cannot be loaded, or is not the pinned version."""
+
+
+class ServerError(AutoGLMError):
+    """A server that cannot listen: the port is taken, or the host is not this machine."""
 
 
 class BenchError(AutoGLMError):

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -291,7 +291,7 @@ class AutoGLM:
         image: ImageSource | None = None,
         raw: bool = False,
         **sampling: Any,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Like `stream`, without blocking the event loop; closing the iterator stops the work."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue()

@@ -376,15 +376,15 @@ class GrammarConstraint:
         """The sampled token, accepted.
 
         Raises:
-            EngineError: The grammar leads nowhere.
+            ValueError: None is allowed: the grammar has a place that nothing leads out of.
         """
         token = sampler.sample()
         if not self._grammar.allows(token):
             allowed = self._grammar.allowed()
             if not len(allowed):
-                raise EngineError(
-                    "schema: no token goes on with the document (0 found, 1 required)",
-                    hint="leave out what no document can be: control characters, empty choices",
+                raise ValueError(
+                    "schema: no token can follow here, so that no answer does; leave out what no "
+                    "document can be: control characters, empty choices"
                 )
             token = sampler.sample(allowed)
         sampler.accept(token)

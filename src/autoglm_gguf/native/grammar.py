@@ -91,7 +91,7 @@ class GrammarState:
         grammar: GBNF with a rule ``root``.
 
     Raises:
-        EngineError: llama.cpp refused the grammar.
+        ValueError: llama.cpp refused the grammar.
     """
 
     def __init__(self, model: LlamaModel, grammar: str) -> None:
@@ -99,7 +99,8 @@ class GrammarState:
         clear_errors()
         self.handle = self._llama.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
         if not self.handle:
-            raise engine_error("grammar: llama.cpp refused it", hint="simplify the JSON schema")
+            refusal = engine_error("schema: its grammar is not one that llama.cpp follows")
+            raise ValueError(refusal.message)
         self._one = np.zeros(1, CANDIDATE)
 
     def allows(self, token: int) -> bool:

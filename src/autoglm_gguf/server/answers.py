@@ -8,6 +8,7 @@ piece of text; the model does not wait, since others do. Knows no HTTP.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import aclosing
@@ -19,6 +20,8 @@ from autoglm_gguf.server.backend import Backend
 from autoglm_gguf.server.errors import ApiError, as_api_error
 from autoglm_gguf.server.metrics import Metrics
 from autoglm_gguf.server.queue import Held, Ticket
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +127,11 @@ class Answer:
                 finally:
                     self.turn_s = time.monotonic() - began
         except Exception as error:
-            late = self._n_tokens and isinstance(error, ValueError | TypeError)  # not the client's
-            self._error = as_api_error(RuntimeError(error) if late else error)
+            # A wrong argument is found before the first token, but for a schema that leads nowhere.
+            follows_schema = isinstance(self._ask.sampling.get("constrain"), Mapping)
+            if self._n_tokens and isinstance(error, ValueError | TypeError) and not follows_schema:
+                error = RuntimeError(error)
+            self._error = as_api_error(error)
 
     async def _generate(self) -> None:
         ask = self._ask
@@ -151,8 +157,26 @@ class Answer:
         self._held.release()
         failed = self._error is not None and self._error.status not in (499, 503)
         early = "error" if failed else "cancelled"
-        self._metrics.saw_end(self._last, (self._last and self._last.finish_reason) or early)
+        reason = (self._last and self._last.finish_reason) or early
+        self._metrics.saw_end(self._last, reason)
+        self._log(reason)
         self._on_end(self)
+
+    def _log(self, reason: str) -> None:
+        """One line an answer: how it ended and what it cost; nothing that was said."""
+        last = self._last
+        if last is None or last.usage is None or last.timings is None:
+            _log.info("answer: %s, %d tokens", reason, self._n_tokens)
+            return
+        _log.info(
+            "answer: %s, prompt %d (%d kept) + %d tokens, first %.0f ms, %.1f tok/s",
+            reason,
+            last.usage.prompt_tokens,
+            last.timings.cache_n,
+            last.usage.completion_tokens,
+            last.timings.ttft_ms,
+            last.timings.predicted_per_second,
+        )
 
 
 def join_chunks(chunks: Sequence[Chunk]) -> Chunk:

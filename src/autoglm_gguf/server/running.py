@@ -34,6 +34,7 @@ def serve(
     *,
     on_listening: Callable[[str], None] | None = None,
     on_loaded: Callable[[Service], None] | None = None,
+    on_stop: Callable[[], None] | None = None,
 ) -> None:
     """Serve a model until SIGINT or SIGTERM.
 
@@ -42,13 +43,14 @@ def serve(
         params: See `ServerParams`.
         on_listening: Told the address, as ``http://127.0.0.1:8000``, before the model is there.
         on_loaded: Told when it is there.
+        on_stop: Told of the first signal.
 
     Raises:
         AutoGLMError, ValueError: What ``load`` raises, or the port is taken.
     """
     sockets = open_sockets(params)
     try:
-        asyncio.run(_serve(load, params, sockets, on_listening, on_loaded))
+        asyncio.run(_serve(load, params, sockets, on_listening, on_loaded, on_stop))
     finally:
         for listener in sockets:
             listener.close()
@@ -60,6 +62,7 @@ async def _serve(
     sockets: list[socket.socket],
     on_listening: Callable[[str], None] | None,
     on_loaded: Callable[[Service], None] | None,
+    on_stop: Callable[[], None] | None,
 ) -> None:
     def loaded(service: Service) -> None:
         if service.holder.error is not None:
@@ -72,7 +75,7 @@ async def _serve(
     service: Service = app.state.service
     if on_listening is not None:
         on_listening(address_of(params.host, sockets[0]))
-    with _ending(server, service):
+    with _ending(server, service, on_stop):
         await server.serve(sockets)
     error = service.holder.error
     if error is not None:
@@ -107,7 +110,9 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _ending(server: uvicorn.Server, service: Service) -> Generator[None, None, None]:
+def _ending(
+    server: uvicorn.Server, service: Service, on_stop: Callable[[], None] | None
+) -> Generator[None, None, None]:
     """While inside, SIGINT and SIGTERM end the server."""
     loop = asyncio.get_running_loop()
     ending: list[asyncio.Task[None]] = []
@@ -123,6 +128,8 @@ def _ending(server: uvicorn.Server, service: Service) -> Generator[None, None, N
             server.should_exit = server.force_exit = True
         else:
             ending.append(asyncio.ensure_future(end()))
+            if on_stop is not None:
+                on_stop()
 
     if threading.current_thread() is not threading.main_thread():
         yield

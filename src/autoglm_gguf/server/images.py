@@ -103,7 +103,7 @@ def fetch_image(url: str, max_bytes: int, param: str) -> bytes:
             httpx2.Client(trust_env=False, follow_redirects=False, timeout=_FETCH_S / 2) as client,
             client.stream(
                 "GET",
-                _at(parts, address),
+                _at(parts, address, port),
                 headers={"Host": host, "Accept": "image/*"},
                 extensions={"sni_hostname": host},
             ) as answer,
@@ -143,10 +143,10 @@ def _is_public(address: str) -> bool:
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # leads to any IPv4 address, private ones too
 
 
-def _at(parts: SplitResult, address: str) -> str:
+def _at(parts: SplitResult, address: str, port: int) -> str:
     host = f"[{address}]" if ":" in address else address
     query = f"?{parts.query}" if parts.query else ""
-    return f"{parts.scheme}://{host}{parts.path or '/'}{query}"
+    return f"{parts.scheme}://{host}:{port}{parts.path or '/'}{query}"
 
 
 def _refuse(param: str, why: str, hint: str = "") -> ApiError:

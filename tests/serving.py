@@ -72,6 +72,15 @@ class PacedEngine(FakeEngine):
         super().eval_tokens(tokens)
 
 
+class WordyEngine(FakeEngine):
+    """A fake engine whose tokens are long: much to send, and little to compute."""
+
+    N_BYTES = 4096
+
+    def token_bytes(self, token: int) -> bytes:
+        return super().token_bytes(token) * self.N_BYTES
+
+
 def fake_app(
     engine: FakeEngine | None = None,
     params: ServerParams | None = None,

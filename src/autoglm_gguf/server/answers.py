@@ -21,6 +21,7 @@ from autoglm_gguf.server.errors import ApiError, as_api_error
 from autoglm_gguf.server.metrics import Metrics
 from autoglm_gguf.server.queue import Held, Ticket
 
+_MOST_CHARS = 16_384  # handed over at once: WebSocket clients refuse frames of a megabyte
 _log = logging.getLogger(__name__)
 
 
@@ -104,7 +105,12 @@ class Answer:
                     await self._arrived.wait()
             except TimeoutError:
                 return None
-        chunks, self._chunks = self._chunks, []
+        n_chars = n = 0
+        for n, chunk in enumerate(self._chunks, 1):
+            n_chars += len(chunk.text)
+            if n_chars >= _MOST_CHARS:
+                break
+        chunks, self._chunks = self._chunks[:n], self._chunks[n:]
         return join_chunks(chunks)
 
     def abort(self, error: ApiError) -> None:

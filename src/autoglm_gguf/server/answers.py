@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -62,7 +63,7 @@ class Answer:
     ) -> None:
         self._ask, self._backend, self._ticket = ask, backend, ticket
         self._held, self._metrics, self._on_end = held, metrics, on_end
-        self._chunks: list[Chunk] = []
+        self._chunks: deque[Chunk] = deque()
         self._arrived = asyncio.Event()
         self._ended = False
         self._error: ApiError | None = None
@@ -105,12 +106,10 @@ class Answer:
                     await self._arrived.wait()
             except TimeoutError:
                 return None
-        n_chars = n = 0
-        for n, chunk in enumerate(self._chunks, 1):
-            n_chars += len(chunk.text)
-            if n_chars >= _MOST_CHARS:
-                break
-        chunks, self._chunks = self._chunks[:n], self._chunks[n:]
+        chunks, n_chars = list[Chunk](), 0
+        while self._chunks and n_chars < _MOST_CHARS:
+            chunks.append(self._chunks.popleft())
+            n_chars += len(chunks[-1].text)
         return join_chunks(chunks)
 
     def abort(self, error: ApiError) -> None:

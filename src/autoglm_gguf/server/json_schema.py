@@ -144,9 +144,11 @@ class _Ways:
 def _check_pattern(pattern: str) -> None:
     if len(pattern) > MAX_PATTERN:
         raise ValueError(f"a pattern of over {MAX_PATTERN} characters")
-    at, depth, n_times, before = 0, 0, 0, ""
-    while at < len(pattern):
-        match = _TOKEN.match(pattern, at)
+    if not (len(pattern) >= 2 and pattern[0] == "^" and pattern[-1] == "$"):
+        raise ValueError("pattern: does not begin with ^ and end with $")
+    at, depth, n_times, before = 1, 0, 0, ""
+    while at < len(pattern) - 1:
+        match = _TOKEN.match(pattern, at, len(pattern) - 1)
         kind = match.lastgroup if match else None
         if match is None or kind is None:
             raise ValueError(f"pattern: not understood at character {at}")

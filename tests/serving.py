@@ -18,7 +18,8 @@ from PIL import Image
 from starlette.applications import Starlette
 
 from autoglm_gguf import AutoGLM
-from autoglm_gguf.engine.fake import FakeEngine
+from autoglm_gguf.engine.fake import STOP, FakeEngine
+from autoglm_gguf.sampling import Grammar
 from autoglm_gguf.server.app import create_app
 from autoglm_gguf.server.backend import Backend
 from autoglm_gguf.server.params import ServerParams
@@ -70,6 +71,38 @@ class PacedEngine(FakeEngine):
                 raise Stopped
             time.sleep(0.002)
         super().eval_tokens(tokens)
+
+
+class OnlyDigits:
+    """A grammar that lets digits through, and ends after three."""
+
+    def __init__(self) -> None:
+        self._n = 0
+
+    def allows(self, token: int) -> bool:
+        return token == STOP if self._n == 3 else token in b"0123456789"
+
+    def allowed(self) -> Any:
+        return np.array([STOP] if self._n == 3 else list(b"0123456789"), np.int32)
+
+    def accept(self, token: int) -> bool:
+        self._n += 1
+        return token == STOP
+
+    def close(self) -> None:
+        pass
+
+
+class GrammarEngine(FakeEngine):
+    """A fake engine for which every schema describes three digits."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.schemas: list[str] = []
+
+    def open_grammar(self, schema: str) -> Grammar:
+        self.schemas.append(schema)
+        return OnlyDigits()
 
 
 class WordyEngine(FakeEngine):

@@ -10,44 +10,19 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
-from serving import data_url, fake_app, image_part, listening, png
+from serving import GrammarEngine, data_url, fake_app, image_part, listening, png
 
-from autoglm_gguf.engine.fake import FakeEngine
-from autoglm_gguf.sampling import Grammar
 from autoglm_gguf.server.params import ServerParams
 
 ACTION = '<think>t</think><answer>do(action="Tap", element=[500,300])'
 
 
-class OnlyDigits:
-    """A grammar that lets digits through, and ends after three."""
-
-    def __init__(self) -> None:
-        self._n = 0
-
-    def allows(self, token: int) -> bool:
-        return token == 256 if self._n == 3 else token in b"0123456789"
-
-    def allowed(self) -> Any:
-        import numpy as np
-
-        return np.array([256] if self._n == 3 else list(b"0123456789"), np.int32)
-
-    def accept(self, token: int) -> bool:
-        self._n += 1
-        return token == 256
-
-    def close(self) -> None:
-        pass
-
-
-class EchoEngine(FakeEngine):
+class EchoEngine(GrammarEngine):
     """Says what it was asked last; remembers the sampling it was given, and schemas."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(self._say, **more)
         self.params: Any = None
-        self.schemas: list[str] = []
 
     def _say(self, prompt: str) -> bytes:
         return prompt.rpartition("<|user|>\n")[2].removesuffix("<|assistant|>\n").encode()
@@ -55,10 +30,6 @@ class EchoEngine(FakeEngine):
     def open_sampler(self, params: Any) -> Any:
         self.params = params
         return super().open_sampler(params)
-
-    def open_grammar(self, schema: str) -> Grammar:
-        self.schemas.append(schema)
-        return OnlyDigits()
 
 
 @pytest.fixture(scope="module")

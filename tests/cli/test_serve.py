@@ -1,0 +1,137 @@
+"""``serve``: options, the key from the environment, and a whole run with the embedded model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoglm_gguf.cli import serve
+from autoglm_gguf.cli.main import main
+from autoglm_gguf.server.params import KEY_VARIABLE
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    serve.add_parser(parser.add_subparsers())
+    return parser.parse_args(["serve", *words])
+
+
+def test_defaults_are_loopback_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    arguments = parsed()
+    params = serve._params(arguments)
+    assert (params.host, params.port, params.api_key) == ("127.0.0.1", 8000, None)
+    assert arguments.content_format == "string"
+    assert params.constrain_actions == "auto"
+
+
+def test_key_comes_from_option_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "from-env")
+    assert serve._params(parsed("--host", "0.0.0.0")).api_key == "from-env"
+    assert serve._params(parsed("--api-key", "given")).api_key == "given"
+
+
+def test_options_become_parameters() -> None:
+    params = serve._params(
+        parsed(
+            *("--allow-host", "phone.lan", "--allow-origin", "https://a.example"),
+            *("--constrain-actions", "off", "--max-queue", "5", "--max-tokens", "100"),
+            *("--max-body", "4MB", "--max-images", "2", "--max-image-pixels", "1000000"),
+            *("--fetch-images", "--shutdown-seconds", "3", "--port", "0"),
+        )
+    )
+    assert params.allowed_hosts == ("phone.lan",)
+    assert params.allowed_origins == ("https://a.example",)
+    assert params.constrain_actions == "off"
+    assert (params.max_queue, params.max_tokens, params.max_images) == (5, 100, 2)
+    assert (params.max_body_bytes, params.max_image_pixels) == (4_000_000, 1_000_000)
+    assert params.fetch_images
+    assert (params.shutdown_s, params.port) == (3.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--host", "0.0.0.0"), "no API key is set"),
+        (("--port", "99999"), "port 99999"),
+        (("--api-key", "two words"), "api_key"),
+        (("--max-body", "huge"), "not a size"),
+    ],
+)
+def test_wrong_option_is_usage(
+    words: tuple[str, ...],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    try:
+        code: Any = main(["serve", *words])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_missing_extra_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [n for n in sys.modules if n.startswith("autoglm_gguf.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 1
+    assert "pip install 'autoglm-gguf[server]'" in capsys.readouterr().err
+
+
+def test_missing_model_ends_with_its_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "nowhere.gguf", "--port", "0"]) == 1
+    assert "nowhere.gguf: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.native
+def test_serve_answers_over_http_until_it_is_told_to_end(
+    acting_model: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "autoglm_gguf", "serve", str(acting_model), "--port", "0"],
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "AUTOGLM_GGUF_CACHE": str(tmp_path), "PYTHONIOENCODING": "utf-8"},
+    )
+    assert process.stderr is not None
+    told: list[str] = []
+    try:
+        for line in process.stderr:
+            told.append(line)
+            if line.startswith("ready:"):
+                break
+        url = next(w for w in " ".join(told).split() if w.startswith("http")).rstrip(";")
+        body = {"messages": [{"role": "user", "content": "打开微信"}]}
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            said = json.load(answer)["choices"][0]["message"]["content"]
+        assert said.endswith('do(action="Launch", app="微信")')
+        process.send_signal(signal.SIGTERM)
+        told += process.stderr
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    everything = "".join(told)
+    assert "n_ctx" in everything
+    assert "POST /v1/chat/completions 200" in everything
+    assert "微信" not in everything

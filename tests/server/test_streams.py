@@ -54,6 +54,12 @@ def text_of(found: list[Any]) -> str:
     )
 
 
+def read_a_token(lines: Iterator[str]) -> None:
+    """Read a stream until something was said."""
+    while '"delta":{"content":"' not in next(lines):
+        pass
+
+
 def test_stream_is_role_text_reason_and_done() -> None:
     found = events(chat(fake_app(FakeEngine("好的 ok".encode())), stream=True).text)
     assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
@@ -96,11 +102,9 @@ def test_client_that_leaves_ends_the_generation() -> None:
     app = fake_app(engine)
     with listening(app) as url:
         with httpx2.stream("POST", url + CHAT, json={**HI, "stream": True}) as answer:
-            for line in answer.iter_lines():
-                if "again" in line:
-                    break
+            read_a_token(answer.iter_lines())
         wait_until(lambda: service_of(app).queue.is_idle)
-        assert engine.content.n_cells < 5000
+        assert engine.content.n_cells < 1000, "of 18,000"
         assert httpx2.get(url + "/metrics").text.count('status="499"} 1.0') == 1
 
 
@@ -225,8 +229,7 @@ def test_answer_that_somebody_else_cancels_is_an_error() -> None:
     with listening(app) as url:
         with httpx2.stream("POST", url + CHAT, json={**HI, "stream": True}) as answer:
             lines = answer.iter_lines()
-            while "again" not in next(lines):
-                pass
+            read_a_token(lines)
             model.cancel()
             rest = [line for line in lines if line]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "cancelled"

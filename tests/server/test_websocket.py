@@ -45,7 +45,7 @@ def opened(url: str, **more: Any) -> Iterator[ClientConnection]:
 
 def dialled(url: str, **more: Any) -> ClientConnection:
     address = url.replace("http", "ws") + "/ws/generate"
-    return connect(address, open_timeout=PATIENCE_S, close_timeout=PATIENCE_S, proxy=None, **more)
+    return connect(address, open_timeout=PATIENCE_S, close_timeout=0.5, proxy=None, **more)
 
 
 def receive(wire: ClientConnection) -> Any:
@@ -201,7 +201,7 @@ def test_client_that_leaves_ends_the_generation(politely: bool) -> None:
                 wire.socket.close()
         wait_until(lambda: service.queue.is_idle)
         wait_until(lambda: service.n_sockets == 0)
-        assert engine.content.n_cells < 10_000
+        assert engine.content.n_cells < 3000, "of 18,000"
 
 
 def test_slow_reader_gets_all_of_it_and_does_not_hold_the_model() -> None:

@@ -95,8 +95,6 @@ class Asking:
             ApiError: See `chat`.
         """
         prompt = body.prompt[0]
-        if not prompt:
-            raise ApiError(400, "invalid_value", "prompt: empty", param="prompt")
         self._check_length(len(prompt), "prompt")
         sampling = self._sampling(body) | self._length(body.max_tokens or COMPLETION_TOKENS)
         if body.logprobs is not None:

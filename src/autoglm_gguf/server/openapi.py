@@ -30,6 +30,10 @@ _ERROR = {
         }
     },
 }
+_ANSWER = (
+    "The answer. With stream: server-sent events whose data are chunks, then [DONE]; where it fails "
+    "on the way, an error object in place of the rest."
+)
 _OBJECT = {"type": "object"}
 _REFUSALS = {
     "400": "A field is wrong, or the prompt does not fit.",
@@ -95,18 +99,17 @@ def describe_api() -> dict[str, Any]:
 
 
 def _completion(summary: str, body: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
-    events = {
-        "type": "string",
-        "description": "Server-sent events: chunks, then [DONE]; or an error object, and the end.",
+    content: dict[str, Any] = {
+        "application/json": {"schema": _ref(reply)},
+        "text/event-stream": {},
     }
-    content = {"application/json": {"schema": _ref(reply)}, "text/event-stream": {"schema": events}}
     return {
         "summary": summary,
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": _ref(body)}},
         },
-        "responses": {"200": {"description": "The answer.", "content": content}, **_refusals()},
+        "responses": {"200": {"description": _ANSWER, "content": content}, **_refusals()},
     }
 
 

@@ -86,7 +86,8 @@ def _as_strings(value: Any) -> Any:
 
 _Word = Annotated[str, Field(min_length=1, max_length=1000)]
 _Stops = Annotated[list[_Word], Field(max_length=16)]
-_Prompts = Annotated[list[str], Field(min_length=1, max_length=1)]
+_Prompt = Annotated[str, Field(min_length=1)]
+_Prompts = Annotated[list[_Prompt], Field(min_length=1, max_length=1)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -172,7 +173,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """The body of ``POST /v1/completions``."""
 
-    prompt: Annotated[_Prompts, BeforeValidator(_as_strings, json_schema_input_type=str | _Prompts)]
+    prompt: Annotated[_Prompts, BeforeValidator(_as_strings, json_schema_input_type=_Prompt | _Prompts)]
     """Completed as it is, without the chat template."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """So many of the most probable tokens beside each."""

@@ -1,0 +1,174 @@
+"""What the server adds to an answer: the same requests through the library and over HTTP, in turn.
+
+One process holds the model and serves it; requests over HTTP come from a process of their own, as a
+client's do. Measured from outside: to the first text, and from there to the last. Nothing is reused
+of an earlier prompt, so that every request costs the same.
+
+    python benchmarks/server.py [MODEL.gguf] [--tokens 64] [--repeats 7] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from PIL import Image
+
+from autoglm_gguf import AutoGLM, default_pair
+from autoglm_gguf.server.app import create_app
+from autoglm_gguf.server.params import ServerParams
+from autoglm_gguf.server.running import configure, open_sockets
+
+# Takes requests, a line of JSON each; tells milliseconds to the first text, and on to the end.
+CLIENT = """
+import http.client, json, sys, time
+for line in sys.stdin:
+    body = line.strip().encode()
+    connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=600)
+    began = time.perf_counter()
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+    first = last = n = 0
+    while event := answer.readline():
+        if not event.startswith(b"data: {"):
+            continue
+        now = time.perf_counter()
+        chunk = json.loads(event[6:])
+        choice = chunk["choices"][0]
+        if choice["delta"].get("content") and not first:
+            first = now
+        if choice["finish_reason"]:
+            last, n = now, chunk["timings"]["predicted_n"]
+    connection.close()
+    print(json.dumps([1000 * (first - began), 1000 * (last - first), n]), flush=True)
+"""
+WORDS = "You are an agent that operates a phone. " * 12
+SCREEN = (432, 952)  # 15 x 34 = 510 image tokens
+
+
+def screenshot() -> bytes:
+    """A PNG of blocks."""
+    blocks = np.random.default_rng(0).integers(0, 255, (34, 15, 3), np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(blocks).resize(SCREEN, Image.Resampling.NEAREST).save(data, "PNG")
+    return data.getvalue()
+
+
+def requests(n_tokens: int) -> dict[str, dict[str, Any]]:
+    """Bodies by what they show."""
+    url = "data:image/png;base64," + base64.b64encode(screenshot()).decode()
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    more = {"max_tokens": n_tokens, "temperature": 0.0, "cache_prompt": False, "stream": True}
+    return {
+        "text": {"messages": [{"role": "user", "content": WORDS}], **more},
+        "screenshot": {"messages": [{"role": "user", "content": [picture, WORDS]}], **more},
+    }
+
+
+def ask_library(model: AutoGLM, kind: str, n_tokens: int) -> list[float]:
+    """Milliseconds to the first text, from there to the end, and tokens."""
+    image = screenshot() if kind == "screenshot" else None
+    first = 0.0
+    began = time.perf_counter()
+    stream = model.stream(
+        WORDS, image=image, max_tokens=n_tokens, temperature=0.0, cache_prompt=False
+    )
+    for chunk in stream:
+        if chunk.text and not first:
+            first = time.perf_counter()
+    last = time.perf_counter()
+    n = chunk.timings.predicted_n if chunk.timings else 0
+    return [1000 * (first - began), 1000 * (last - first), n]
+
+
+@contextmanager
+def serving(model: AutoGLM) -> Iterator[int]:
+    """The model on a free port of loopback."""
+    params = ServerParams(port=0)
+    app = create_app(lambda: model, params)
+    sockets = open_sockets(params)
+    server = uvicorn.Server(configure(app, params))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)))
+    thread.start()
+    while app.state.service.holder.state == "loading":
+        time.sleep(0.01)
+    try:
+        yield sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def measure(model: AutoGLM, n_tokens: int, repeats: int) -> dict[str, dict[str, list[list[float]]]]:
+    """By request and way, what each repeat took; the ways take turns."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    with serving(model) as port:
+        command = [sys.executable, "-c", CLIENT, str(port)]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        ) as client:
+            assert client.stdin is not None and client.stdout is not None
+            for kind, body in requests(n_tokens).items():
+                ways = found[kind] = {"library": [], "server": []}
+                for n in range(repeats + 1):  # the first one warms up
+                    taken = ask_library(model, kind, n_tokens)
+                    client.stdin.write(json.dumps(body) + "\n")
+                    served = json.loads(client.stdout.readline())
+                    if n:
+                        ways["library"].append(taken)
+                        ways["server"].append(served)
+            client.stdin.close()
+    return found
+
+
+def tell(found: dict[str, dict[str, list[list[float]]]]) -> None:
+    """Medians, and what the server adds: of the pairs, since the machine's pace drifts."""
+    print(f"{'':<12}{'':<10}{'first text':>12}{'per token':>12}{'tokens':>8}")
+    for kind, ways in found.items():
+        for way, runs in ways.items():
+            first = statistics.median(run[0] for run in runs)
+            each = statistics.median(run[1] / max(1, run[2] - 1) for run in runs)
+            print(f"{kind:<12}{way:<10}{first:>9.1f} ms{each:>9.3f} ms{runs[0][2]:>8.0f}")
+        pairs = list(zip(ways["library"], ways["server"], strict=True))
+        more = statistics.median(served[0] - taken[0] for taken, served in pairs)
+        ratio = statistics.median(served[0] / taken[0] for taken, served in pairs)
+        decode = statistics.median(served[1] / taken[1] for taken, served in pairs)
+        print(f"{kind:<12}{'ratio':<10}{ratio:>12.3f}{decode:>12.3f}   first text {more:+.1f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", type=Path, help="default: the embedded autoglm-tiny")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="write every run's figures")
+    arguments = parser.parse_args()
+    pair = default_pair() if arguments.model is None else None
+    path = pair.text if pair else arguments.model
+    model = AutoGLM.load(
+        path, memory_budget="none", n_ctx=2048, n_gpu_layers=0, n_threads=arguments.threads
+    )
+    found = measure(model, arguments.tokens, arguments.repeats)
+    tell(found)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -207,6 +207,11 @@ class AutoGLM:
         """Name, sizes, stop tokens, image limits, and notes on what was chosen."""
         return self._engine.info
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether messages with images are answered: a vision tower is loaded."""
+        return self.info.vision is not None
+
     def memory(self) -> MemoryUsage | None:
         """What this process holds now, with the model's buffers on devices; plan: ``info.plan``.
 

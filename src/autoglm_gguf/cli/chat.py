@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_gguf.cli import cloud_options, options, output
-from autoglm_gguf.cli.cloud_options import Model, draw_route, takes_images
+from autoglm_gguf.cli.cloud_options import Model, draw_route
 from autoglm_gguf.cli.plan import draw_memory
 from autoglm_gguf.cli.prompt_line import EndOfInput, LineReader, open_reader
 from autoglm_gguf.config import CONSTRAIN_ACTION
@@ -189,7 +189,7 @@ class Conversation:
             output.note(f"{dropped}: taken back" if dropped else needs)
             return
         try:
-            if not takes_images(self._model):
+            if not self._model.takes_images:
                 output.note("error: this model takes no images; load it with its mmproj file")
                 self.failed = True
                 return

@@ -99,11 +99,6 @@ def load_model(
     return model
 
 
-def takes_images(model: Model) -> bool:
-    """Whether the model, or the cloud behind it, answers messages with images."""
-    return model.info.vision is not None if isinstance(model, AutoGLM) else model.takes_images
-
-
 def draw_route(route: Route | None) -> str:
     """Who answered and why, as a remark; empty without a cloud."""
     if route is None:

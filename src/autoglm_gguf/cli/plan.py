@@ -8,16 +8,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from autoglm_gguf.cli import options, output
-from autoglm_gguf.cli.cloud_options import Model
+from autoglm_gguf.engine.base import EngineInfo
 from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.measure import MemoryUsage
 from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
 from autoglm_gguf.units import format_bytes
 
 _BAR = 40
+
+
+class Measured(Protocol):
+    """A model that tells what it planned to hold, and what it holds: `AutoGLM`'s kind."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """See `AutoGLM.info`."""
+
+    def memory(self) -> MemoryUsage | None:
+        """See `AutoGLM.memory`."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -52,7 +63,7 @@ def plan_as_json(plan: MemoryPlan) -> dict[str, Any]:
     return {**asdict(plan), **derived}
 
 
-def memory_as_json(model: Model) -> dict[str, Any]:
+def memory_as_json(model: Measured) -> dict[str, Any]:
     """The plan and what is measured now."""
     plan, usage = model.info.plan, model.memory()
     return {
@@ -89,7 +100,7 @@ def draw_plan(plan: MemoryPlan) -> Iterator[str]:
             yield f"{'':<41}{lever.cost}"
 
 
-def draw_memory(model: Model) -> Iterator[str]:
+def draw_memory(model: Measured) -> Iterator[str]:
     """The plan's phases beside what is measured now."""
     plan, usage = model.info.plan, model.memory()
     yield f"{'memory':<12}{'planned':>11}{'measured':>11}"

@@ -13,7 +13,7 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autoglm_gguf.cli import options, output
+from autoglm_gguf.cli import cloud_options, options, output
 from autoglm_gguf.errors import AutoGLMError
 from autoglm_gguf.session import AutoGLM
 from autoglm_gguf.units import format_bytes, parse_bytes
@@ -33,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Describe the command."""
     parser = commands.add_parser("serve", help="serve OpenAI's API, a WebSocket and a web page")
     options.add_model_options(parser)
+    cloud_options.add_cloud_options(parser)
     parser.set_defaults(content_format="string", run=run)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     logging.getLogger("autoglm_gguf.server").setLevel(logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what it logs, the server tells itself
     serve(
-        partial(_load, arguments),
+        partial(cloud_options.load_model, arguments, _load),
         params,
         on_listening=partial(_listening, params),
         on_loaded=partial(_loaded, arguments.stats),
@@ -114,7 +115,7 @@ def _params(arguments: argparse.Namespace) -> ServerParams:
 
 
 def _load(arguments: argparse.Namespace) -> AutoGLM:
-    """The model, with n_ctx and image tokens chosen for the phone agent where nobody gave them."""
+    """This device's model; n_ctx and image tokens, where not given, as the phone agent needs."""
     from autoglm_gguf.server.sizes import choose_sizes
 
     model, mmproj = options.find_model(arguments)
@@ -144,7 +145,7 @@ def _loaded(stats: bool, service: Service) -> None:
         budget = info.plan.budget_bytes if info.plan else None
         of = "" if budget is None else f" of {format_bytes(budget)}"
         output.note(f"memory: {format_bytes(usage.total_bytes)}{of}")
-    if stats and isinstance(backend, AutoGLM):
+    if stats:
         for line in draw_memory(backend):
             output.note(line)
 

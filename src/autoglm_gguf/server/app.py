@@ -113,11 +113,14 @@ class _Page(StaticFiles):
 
 
 async def _health(request: Request) -> Response:
-    """Whether requests are answered."""
+    """Whether requests are answered, and whether images may be among them."""
     holder = _service(request).holder
     is_ready = holder.state == "ready"
     headers = {} if is_ready else {"Retry-After": "2"}
-    return JSONResponse({"status": holder.state}, 200 if is_ready else 503, headers)
+    told: dict[str, Any] = {"status": holder.state}
+    if is_ready and holder.backend is not None:
+        told["takes_images"] = holder.backend.takes_images
+    return JSONResponse(told, 200 if is_ready else 503, headers)
 
 
 async def _models(request: Request) -> Response:
@@ -154,7 +157,7 @@ async def _status(request: Request) -> Response:
         {
             "model": info.name,
             "n_ctx": info.n_ctx,
-            "takes_images": info.vision is not None,
+            "takes_images": service.ready().takes_images,
             "max_image_tokens": info.max_image_tokens,
             "notes": list(info.notes),
             "queue": {"waiting": service.queue.n_waiting, "running": not service.queue.is_idle},

@@ -1,6 +1,6 @@
 """What the server needs of a model, and the model's way from loading to gone.
 
-`AutoGLM` is a `Backend`, and so is whatever answers in its place.
+`AutoGLM` and `HybridClient` are `Backend`s, and so is whatever answers in their place.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ class Backend(Protocol):
     @property
     def info(self) -> EngineInfo:
         """Name, sizes, limits, and notes on what was chosen."""
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether messages with images are answered."""
 
     def astream(
         self, prompt: str | Sequence[MessageLike], *, raw: bool = False, **sampling: Any

@@ -31,8 +31,8 @@ _ERROR = {
     },
 }
 _ANSWER = (
-    "The answer. With stream: server-sent events whose data are chunks, then [DONE]; where it fails "
-    "on the way, an error object in place of the rest."
+    "The answer. With stream: server-sent events whose data are chunks, then [DONE]; where it "
+    "fails on the way, an error object in place of the rest."
 )
 _OBJECT = {"type": "object"}
 _REFUSALS = {

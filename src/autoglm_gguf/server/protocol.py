@@ -173,7 +173,9 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """The body of ``POST /v1/completions``."""
 
-    prompt: Annotated[_Prompts, BeforeValidator(_as_strings, json_schema_input_type=_Prompt | _Prompts)]
+    prompt: Annotated[
+        _Prompts, BeforeValidator(_as_strings, json_schema_input_type=_Prompt | _Prompts)
+    ]
     """Completed as it is, without the chat template."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """So many of the most probable tokens beside each."""

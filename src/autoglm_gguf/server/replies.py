@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from autoglm_gguf import __version__
 from autoglm_gguf.messages import Chunk, Completion, TokenLogprob
+from autoglm_gguf.messages import Route as ChunkRoute
 from autoglm_gguf.messages import Timings as ChunkTimings
 from autoglm_gguf.messages import Usage as ChunkUsage
 
@@ -63,6 +64,8 @@ class Timings(Reply):
     predicted_n: int
     predicted_ms: float
     ttft_ms: float
+    draft_n: int
+    draft_n_accepted: int
     predicted_per_second: float
 
 
@@ -78,6 +81,27 @@ class RatedToken(Logprob):
     """A token of the answer, and the most probable ones in its place."""
 
     top_logprobs: list[Logprob]
+
+
+class Confidence(Reply):
+    """How sure the device was of its action: probabilities of its tokens, 0 to 1."""
+
+    mean: float
+    lowest: float
+    n_tokens: int
+    """How many there was a choice of."""
+
+
+class Route(Reply):
+    """Who gave an answer, and why; only where a cloud is configured."""
+
+    source: Literal["local", "cloud"]
+    reason: str
+    model: str
+    confidence: Confidence | None
+    """Of the device's own action, where it was judged."""
+    cached: bool
+    """The cloud's answer to an earlier request of the same content."""
 
 
 class ChatLogprobs(Reply):
@@ -115,7 +139,7 @@ class ChatCompletion(Reply):
     choices: list[ChatChoice]
     usage: Usage
     timings: Timings
-    route: dict[str, Any] | None = None
+    route: Route | None = None
 
 
 class Delta(Reply):
@@ -145,7 +169,7 @@ class ChatCompletionChunk(Reply):
     choices: list[ChunkChoice]
     usage: Usage | None = None
     timings: Timings | None = None
-    route: dict[str, Any] | None = None
+    route: Route | None = None
 
 
 class TextLogprobs(Reply):
@@ -177,7 +201,7 @@ class TextCompletion(Reply):
     choices: list[TextChoice]
     usage: Usage | None = None
     timings: Timings | None = None
-    route: dict[str, Any] | None = None
+    route: Route | None = None
 
 
 @dataclass(slots=True)
@@ -204,7 +228,7 @@ class Writer:
 
     def whole(self, answer: Completion) -> bytes:
         """The answer in one piece."""
-        ending = _ending(answer.usage, answer.timings, getattr(answer, "route", None))
+        ending = _ending(answer.usage, answer.timings, answer.route)
         reason = _reason(answer.finish_reason)
         if self.is_chat:
             message = AssistantMessage(role="assistant", content=answer.text, refusal=None)
@@ -237,7 +261,7 @@ class Writer:
         reason = None if chunk.finish_reason is None else _reason(chunk.finish_reason)
         ending: dict[str, Any] = {}
         if chunk.usage is not None and chunk.timings is not None:
-            ending = _ending(chunk.usage, chunk.timings, getattr(chunk, "route", None))
+            ending = _ending(chunk.usage, chunk.timings, chunk.route)
             del ending["usage"]
         if self.is_chat:
             delta = Delta(content=chunk.text)
@@ -314,9 +338,9 @@ def _choice(
     return ChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=reason)
 
 
-def _ending(usage: ChunkUsage, timings: ChunkTimings, route: Any) -> dict[str, Any]:
+def _ending(usage: ChunkUsage, timings: ChunkTimings, route: ChunkRoute | None) -> dict[str, Any]:
     found: dict[str, Any] = {"usage": _usage(usage, timings), "timings": _timings(timings)}
-    return found if route is None else {**found, "route": asdict(route)}
+    return found if route is None else {**found, "route": Route(**asdict(route))}
 
 
 def _usage(usage: ChunkUsage, timings: ChunkTimings) -> Usage:
@@ -338,7 +362,7 @@ def usage_fields(chunk: Chunk) -> dict[str, Any]:
     """Usage and timings of a last chunk, as plain values."""
     if chunk.usage is None or chunk.timings is None:
         return {}
-    ending = _ending(chunk.usage, chunk.timings, getattr(chunk, "route", None))
+    ending = _ending(chunk.usage, chunk.timings, chunk.route)
     return {k: v.model_dump() if isinstance(v, Reply) else v for k, v in ending.items()}
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Annotated, ClassVar, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autoglm_gguf.errors import ActionParseError
+from autoglm_gguf.messages import Message
 
 COORDINATE_MAX = 999
 Argument: TypeAlias = "str | tuple[int, int]"
@@ -244,6 +245,11 @@ SYSTEM_PROMPT_EN = (
 def choose_system_prompt(task: str) -> str:
     """A system prompt that describes the action language, in the task's language."""
     return SYSTEM_PROMPT_ZH if _CHINESE.search(task) else SYSTEM_PROMPT_EN
+
+
+def speaks_actions(messages: Iterable[Message]) -> bool:
+    """Whether an answer should be an action: a system prompt has ``do(action=`` in it."""
+    return any("do(action=" in message.text for message in messages if message.role == "system")
 
 
 # Models slip into full-width punctuation between Chinese words; inside texts it stays as it is.

@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
             hint="pip install 'autoglm-gguf[server]'",
         ) from error
     params = _params(arguments)
+    cloud_options.read_cloud(arguments)  # wrong options are told before anything listens
     logging.getLogger("autoglm_gguf.server").setLevel(logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what it logs, the server tells itself
     serve(

@@ -100,9 +100,14 @@ class HybridClient:
         return replace(info, notes=(*info.notes, *self._notes()))
 
     @property
+    def may_ask_cloud(self) -> bool:
+        """Whether anything may leave the device: it has a cloud, and the policy is not offline."""
+        return self._cloud is not None and not self._policy.offline
+
+    @property
     def takes_images(self) -> bool:
         """Whether images can be answered, here or by the cloud."""
-        sends = self._cloud is not None and self._policy.send_images and not self._policy.offline
+        sends = self.may_ask_cloud and self._policy.send_images
         return self._local.info.vision is not None or sends
 
     def memory(self) -> MemoryUsage | None:

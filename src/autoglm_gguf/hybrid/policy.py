@@ -13,12 +13,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoglm_gguf.actions import Launch, find_action
+from autoglm_gguf.actions import Launch, find_action, speaks_actions
 from autoglm_gguf.config import CONSTRAIN_ACTION, SamplingParams
 from autoglm_gguf.errors import ActionParseError
 from autoglm_gguf.messages import Completion, Confidence, Message, TokenLogprob
-
-_ACTION_LANGUAGE = "do(action="
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ def is_action_request(messages: Sequence[Message], params: SamplingParams) -> bo
     """Whether the answer is to be an action."""
     if params.constrain is not None:
         return params.constrain == CONSTRAIN_ACTION
-    return any(_ACTION_LANGUAGE in m.text for m in messages if m.role == "system")
+    return speaks_actions(messages)
 
 
 def judge(answer: Completion, policy: HybridPolicy) -> Verdict:

@@ -174,8 +174,9 @@ class Answer:
             _log.info("answer: %s, %d tokens", reason, self._n_tokens)
             return
         _log.info(
-            "answer: %s, prompt %d (%d kept) + %d tokens, first %.0f ms, %.1f tok/s",
+            "answer: %s%s, prompt %d (%d kept) + %d tokens, first %.0f ms, %.1f tok/s",
             reason,
+            f" by {last.route.source}" if last.route else "",
             last.usage.prompt_tokens,
             last.timings.cache_n,
             last.usage.completion_tokens,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from autoglm_gguf.actions import speaks_actions
 from autoglm_gguf.config import CONSTRAIN_ACTION, MAX_SEED, SamplingParams
 from autoglm_gguf.messages import ImagePart, Message, Part, TextPart
 from autoglm_gguf.sampling import act_options
@@ -29,15 +30,13 @@ from autoglm_gguf.server.protocol import (
     TextBlock,
 )
 
-ACTION_LANGUAGE = "do(action="
-"""A system prompt with this in it asks for actions."""
 COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions."""
 CHARS_PER_CELL = 16
 """A text of more characters per KV cell than this is refused before it is cut into tokens."""
 _SAME = (
     *("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty"),
-    *("cache_prompt", "stop"),
+    *("cache_prompt", "n_draft", "stop"),
 )
 _ROLES = {"developer": "system"}
 _Body = TypeVar("_Body", bound=Shape)
@@ -151,7 +150,7 @@ class Asking:
             )
         if body.constrain is None and schema is None:
             mode = self._params.constrain_actions
-            action = mode == "on" or (mode == "auto" and _speaks_actions(messages))
+            action = mode == "on" or (mode == "auto" and speaks_actions(messages))
         if body.apps and not action:
             raise ApiError(400, "invalid_value", "apps: needs constrain=action", param="apps")
         if not action:
@@ -191,21 +190,6 @@ def _schema(form: ResponseFormat | None) -> dict[str, Any] | None:
         param = "response_format.json_schema"
         raise ApiError(400, "missing_required_parameter", f"{param}: missing", param=param)
     return check_schema(form.json_schema.schema_, "response_format.json_schema.schema")
-
-
-def _speaks_actions(messages: tuple[Message, ...]) -> bool:
-    return any(
-        ACTION_LANGUAGE in text
-        for message in messages
-        if message.role == "system"
-        for text in _texts(message)
-    )
-
-
-def _texts(message: Message) -> list[str]:
-    if isinstance(message.content, str):
-        return [message.content]
-    return [part.text for part in message.content if isinstance(part, TextPart)]
 
 
 def _n_chars(message: ChatMessage) -> int:

@@ -122,6 +122,8 @@ def as_api_error(error: BaseException) -> ApiError:
         message = error.message if isinstance(error, AutoGLMError) else str(error)
         return ApiError(status, code, message, hint=hint)
     _log.error("a request failed: %s", error, exc_info=error)
+    if isinstance(error, CloudError | DoesNotFitError):  # nothing in here is broken
+        return ApiError(status, code, error.message, hint=error.hint)
     if status == 503:
         return ApiError(status, code, "the model is busy", retry_after_s=1)
     return ApiError(status, code, "the server failed; its log says more")

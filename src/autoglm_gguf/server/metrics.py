@@ -46,6 +46,7 @@ class Metrics:
             registry=self._registry,
         )
         self._answers = self._count("answers", "Answers by how they ended.", "finish_reason")
+        self._routes = self._count("routes", "Answers by who gave them, with a cloud.", "source")
         self._prompt = self._count("prompt_tokens", "KV cells of prompts.")
         self._cached = self._count("cached_tokens", "Of these, held by the KV cache already.")
         self._images = self._count("image_tokens", "Of these, taken by images.")
@@ -87,6 +88,10 @@ class Metrics:
         self._answers.labels(reason).inc()
         if last is None or last.usage is None or last.timings is None:
             return
+        if last.route is not None:
+            self._routes.labels(last.route.source).inc()
+            if last.route.source == "cloud":  # its tokens are not ours
+                return
         usage, timings = last.usage, last.timings
         self._prompt.inc(usage.prompt_tokens)
         self._cached.inc(timings.cache_n)

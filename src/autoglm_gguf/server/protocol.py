@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from autoglm_gguf.config import MAX_TOP_LOGPROBS
+from autoglm_gguf.config import MAX_DRAFT, MAX_TOP_LOGPROBS
 
 
 class Shape(BaseModel):
@@ -130,6 +130,8 @@ class Sampling(Shape):
     """Not supported: only an empty one is taken."""
     cache_prompt: bool | None = None
     """False evaluates the whole prompt, also what the KV cache holds of it."""
+    n_draft: Annotated[int, Field(ge=0, le=MAX_DRAFT)] | None = None
+    """Tokens to guess and evaluate at once where the text repeats itself; 0: none."""
 
 
 class JsonSchema(Shape):
@@ -162,6 +164,7 @@ class ChatRequest(Sampling):
     apps: Annotated[list[_Word], Field(max_length=1000)] | None = None
     """With an answer held to an action: the only names that Launch may open."""
     max_thinking_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Then the thinking is closed and the answer begun."""
     tools: list[Any] | None = None
     """Not supported: only an empty list is taken."""
     functions: list[Any] | None = None

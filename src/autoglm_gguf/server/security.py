@@ -193,7 +193,9 @@ class Observed:
             endpoint = _endpoint(scope["path"])
             self._metrics.saw_request(endpoint, status)
             took_ms = 1000 * (time.monotonic() - began)
-            _log.info("%s %s %d, %.0f ms", scope["method"], endpoint, status, took_ms)
+            # Pages and monitors look at it all the time.
+            level = logging.DEBUG if scope["method"] in _SAFE and status < 400 else logging.INFO
+            _log.log(level, "%s %s %d, %.0f ms", scope["method"], endpoint, status, took_ms)
 
     async def _drain(self, scope: Scope, receive: Receive) -> None:
         headers = Headers(scope=scope)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,20 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
         return text, mmproj
 
     return make
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Every attempt to reach anything fails, and is told."""
+    tried: list[object] = []
+
+    def refuse_to(*arguments: object, **_: object) -> None:
+        tried.append(arguments)
+        raise OSError("the network is cut")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse_to)
+    for name in ("create_connection", "getaddrinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, refuse_to)
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", refuse_to)
+    yield tried

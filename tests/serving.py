@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -62,7 +63,7 @@ class PacedEngine(FakeEngine):
         self._flag = stop
         super().watch(stop)
 
-    def eval_tokens(self, tokens: Sequence[int]) -> None:
+    def eval_tokens(self, tokens: Sequence[int], *, n_outputs: int = 1) -> None:
         seconds = self._prefill_s if len(tokens) > 1 else self._token_s
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline or (self.gate and not self.gate.is_set()):
@@ -70,7 +71,7 @@ class PacedEngine(FakeEngine):
                 self.n_stopped += 1
                 raise Stopped
             time.sleep(0.002)
-        super().eval_tokens(tokens)
+        super().eval_tokens(tokens, n_outputs=n_outputs)
 
 
 class OnlyDigits:
@@ -207,3 +208,24 @@ def data_url(data: bytes, kind: str = "png") -> str:
 
 def image_part(data: bytes | None = None) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(data or png())}}
+
+
+def events(text: str) -> list[Any]:
+    """The data of events; comments are strings."""
+    found: list[Any] = []
+    for block in text.split("\n\n"):
+        if block.startswith("data: "):
+            data = block.removeprefix("data: ")
+            found.append("[DONE]" if data == "[DONE]" else json.loads(data))
+        elif block:
+            found.append(block)
+    return found
+
+
+def text_of(found: list[Any]) -> str:
+    return "".join(
+        choice["delta"].get("content", "")
+        for event in found
+        if isinstance(event, dict)
+        for choice in event.get("choices", [])
+    )

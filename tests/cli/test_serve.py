@@ -10,9 +10,10 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
+from cloud_server import Cloud, say
 
 from autoglm_gguf.cli import serve
 from autoglm_gguf.cli.main import main
@@ -97,41 +98,95 @@ def test_missing_model_ends_with_its_error(capsys: pytest.CaptureFixture[str]) -
     assert "nowhere.gguf: no such file" in capsys.readouterr().err
 
 
-@pytest.mark.native
-def test_serve_answers_over_http_until_it_is_told_to_end(
-    acting_model: Path, tmp_path: Path
-) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "autoglm_gguf", "serve", str(acting_model), "--port", "0"],
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env={**os.environ, "AUTOGLM_GGUF_CACHE": str(tmp_path), "PYTHONIOENCODING": "utf-8"},
-    )
-    assert process.stderr is not None
-    told: list[str] = []
-    try:
-        for line in process.stderr:
-            told.append(line)
+class Served:
+    """``serve`` in a process of its own, until it is told to end."""
+
+    def __init__(self, cache: Path, *words: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "autoglm_gguf", "serve", *words, "--port", "0"],
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            env={**os.environ, "AUTOGLM_GGUF_CACHE": str(cache), "PYTHONIOENCODING": "utf-8"},
+        )
+        self._lines: list[str] = []
+
+    @property
+    def told(self) -> str:
+        return "".join(self._lines)
+
+    def __enter__(self) -> Self:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._lines.append(line)
             if line.startswith("ready:"):
                 break
-        url = next(w for w in " ".join(told).split() if w.startswith("http")).rstrip(";")
-        body = {"messages": [{"role": "user", "content": "打开微信"}]}
+        self.url = next(w for w in self.told.split() if w.startswith("http")).rstrip(";")
+        return self
+
+    def ask(self, **body: Any) -> Any:
         request = urllib.request.Request(
-            f"{url}/v1/chat/completions",
+            f"{self.url}/v1/chat/completions",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            said = json.load(answer)["choices"][0]["message"]["content"]
-        assert said.endswith('do(action="Launch", app="微信")')
-        process.send_signal(signal.SIGTERM)
-        told += process.stderr
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-    everything = "".join(told)
-    assert "n_ctx" in everything
-    assert "POST /v1/chat/completions 200" in everything
-    assert "微信" not in everything
+            return json.load(answer)
+
+    def end(self) -> int:
+        assert self._process.stderr is not None
+        self._process.send_signal(signal.SIGTERM)
+        self._lines += self._process.stderr
+        return self._process.wait(60)
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stderr is not None
+        self._process.kill()
+        self._process.wait()
+        self._process.stderr.close()
+
+
+OPEN_WECHAT = [{"role": "user", "content": "打开微信"}]
+
+
+@pytest.mark.native
+def test_serve_answers_over_http_until_it_is_told_to_end(
+    acting_model: Path, tmp_path: Path
+) -> None:
+    with Served(tmp_path, str(acting_model)) as served:
+        told = served.ask(messages=OPEN_WECHAT)
+        assert told["choices"][0]["message"]["content"].endswith('do(action="Launch", app="微信")')
+        assert "route" not in told
+        assert served.end() == 0
+    assert "n_ctx" in served.told
+    assert "POST /v1/chat/completions 200" in served.told
+    assert "微信" not in served.told
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--escalate-below", "1"), "an unsure action"),
+        (("--memory-budget", "1MB"), "does not fit"),
+    ],
+)
+def test_serve_asks_its_cloud_where_the_device_is_not_enough(
+    acting_model: Path, tmp_path: Path, words: tuple[str, ...], reason: str
+) -> None:
+    said = 'do(action="Home")'
+    with Cloud(say(said)) as cloud:
+        behind = ("--cloud-base-url", cloud.base_url, "--cloud-model", "big")
+        with Served(tmp_path, str(acting_model), *behind, *words) as served:
+            told = served.ask(messages=OPEN_WECHAT, constrain="action")
+            assert served.end() == 0
+    assert told["choices"][0]["message"]["content"] == said
+    assert told["route"]["source"] == "cloud"
+    assert reason in told["route"]["reason"]
+    assert f"note: cloud: big at {cloud.address}" in served.told
+
+
+def test_cloud_options_are_checked_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["serve", "--cloud-images", "--port", "0"]) == 2
+    assert "--cloud-images: needs --cloud-base-url" in capsys.readouterr().err

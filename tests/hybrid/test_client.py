@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import math
-import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 from cloud_server import Cloud, Play, Request, event, frame, refuse, say
 from numpy.typing import NDArray
 from PIL import Image
+from rated_engine import RatedEngine
 
 from autoglm_gguf import (
     ActionParseError,
@@ -47,20 +46,6 @@ SCREEN = Image.new("RGB", (112, 168), "red")
 PICTURES = HybridPolicy(send_images=True)
 UNSURE = "an unsure action, token probability 0.40 on average, under 0.9"
 LONG = "x" * 5000
-
-
-class RatedEngine(FakeEngine):
-    """A fake engine that holds each token it says for equally probable, 0..1 exclusive."""
-
-    def __init__(self, answer: bytes, probability: float, **options: Any) -> None:
-        super().__init__(answer, **options)
-        self._probability = probability
-
-    def logits(self, index: int = -1) -> NDArray[np.float32]:
-        p, n = self._probability, self.info.n_vocab
-        values = np.zeros(n, np.float32)
-        values[self._wanted] = math.log(p * (n - 1) / (1 - p))
-        return values
 
 
 def device(answer: str = BACK, probability: float = 0.4, **options: Any) -> AutoGLM:
@@ -96,23 +81,6 @@ def route_of(answer: Completion) -> Route:
 
 
 # --- the device answers ---
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
-    """Every attempt to reach anything fails, and is told."""
-    tried: list[object] = []
-
-    def refuse_to(*arguments: object, **_: object) -> None:
-        tried.append(arguments)
-        raise OSError("the network is cut")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse_to)
-    for name in ("create_connection", "getaddrinfo", "gethostbyname"):
-        monkeypatch.setattr(socket, name, refuse_to)
-    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", refuse_to)
-    yield tried
 
 
 @pytest.mark.parametrize("screenshot", [None, SCREEN])

@@ -62,6 +62,19 @@ def test_own_fault_is_logged_and_not_told(
     assert str(error) in caplog.text
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.CloudError("cloud: down", hint="start it"),
+        errors.DoesNotFitError("model: large", budget_bytes=1, required_bytes=2, hint="start it"),
+    ],
+)
+def test_what_is_broken_elsewhere_is_told(error: AutoGLMError) -> None:
+    told = as_api_error(error)
+    assert told.status in (502, 503)
+    assert (told.message, told.hint) == (error.message, "start it")
+
+
 def test_response_has_the_headers_of_its_status() -> None:
     assert ApiError(429, "c", "m", retry_after_s=7).response().headers["retry-after"] == "7"
     assert ApiError(401, "c", "m").response().headers["www-authenticate"] == "Bearer"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from builders import describe_sizes
 from prometheus_client.parser import text_string_to_metric_families
-from serving import CHAT, HI, client_of, fake_app, image_part, png
+from serving import CHAT, HI, ask, client_of, fake_app, image_part, png
 
 from autoglm_gguf import AutoGLM, ContextParams
 from autoglm_gguf.engine.fake import FakeEngine
@@ -84,6 +84,12 @@ def test_paths_that_clients_make_up_make_no_series() -> None:
     text = asyncio.run(run())
     assert 'requests_total{endpoint="other",status="404"} 20.0' in text
     assert "made" not in text
+
+
+@pytest.mark.parametrize("vision", [True, False])
+def test_health_says_whether_images_are_taken(vision: bool) -> None:
+    answer = ask(fake_app(FakeEngine(vision=vision)), ("GET", "/health", {}))[0]
+    assert answer.json() == {"status": "ready", "takes_images": vision}
 
 
 @pytest.mark.parametrize("params", [ServerParams(), ServerParams(max_queue=1)])

@@ -18,9 +18,11 @@ from serving import (
     PacedEngine,
     WordyEngine,
     chat,
+    events,
     fake_app,
     listening,
     service_of,
+    text_of,
     wait_until,
 )
 
@@ -31,27 +33,6 @@ from autoglm_gguf.server.answers import join_chunks
 from autoglm_gguf.server.params import ServerParams
 
 ENDLESS = b"again " * 3000
-
-
-def events(text: str) -> list[Any]:
-    """The data of events; comments are strings."""
-    found: list[Any] = []
-    for block in text.split("\n\n"):
-        if block.startswith("data: "):
-            data = block.removeprefix("data: ")
-            found.append("[DONE]" if data == "[DONE]" else json.loads(data))
-        elif block:
-            found.append(block)
-    return found
-
-
-def text_of(found: list[Any]) -> str:
-    return "".join(
-        choice["delta"].get("content", "")
-        for event in found
-        if isinstance(event, dict)
-        for choice in event.get("choices", [])
-    )
 
 
 def read_a_token(lines: Iterator[str]) -> None:
@@ -177,11 +158,11 @@ class FailingEngine(FakeEngine):
         super().__init__(b"abcdef")
         self._n_good, self._error = n_good, error
 
-    def eval_tokens(self, tokens: Any) -> None:
+    def eval_tokens(self, tokens: Any, **outputs: Any) -> None:
         self._n_good -= 1
         if self._n_good < 0:
             raise self._error
-        super().eval_tokens(tokens)
+        super().eval_tokens(tokens, **outputs)
 
 
 def test_error_before_the_first_byte_has_its_status() -> None:

@@ -34,7 +34,7 @@ class EchoEngine(GrammarEngine):
 
 @pytest.fixture(scope="module")
 def engine() -> EchoEngine:
-    return EchoEngine(n_ctx=8192)
+    return EchoEngine(n_ctx=8192, n_draft_max=7)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,11 @@ def create(client: openai.OpenAI, stream: bool, content: Any = "hello", **more: 
     assert chunks[0].choices[0].delta.role == "assistant"
     told = [chunk for chunk in chunks if chunk.choices]
     text = "".join(chunk.choices[0].delta.content or "" for chunk in told)
-    return text, told[-1].choices[0], chunks[-1].usage
+    last = told[-1].choices[0]
+    if last.logprobs is not None:  # those of all chunks, however the tokens were put together
+        rated = [c.choices[0].logprobs.content for c in told if c.choices[0].logprobs]
+        last.logprobs.content = [entry for content in rated for entry in content]
+    return text, last, chunks[-1].usage
 
 
 both = pytest.mark.parametrize("stream", [False, True])
@@ -94,6 +98,8 @@ def test_text_comes_back_with_reason_and_usage(client: openai.OpenAI, stream: bo
         ({"extra_body": {"repetition_penalty": 1.1}}, "repeat_penalty", 1.1),
         ({"extra_body": {"repeat_penalty": 1.2}}, "repeat_penalty", 1.2),
         ({"extra_body": {"cache_prompt": False}}, "cache_prompt", False),
+        ({"extra_body": {"n_draft": 0}}, "n_draft", 0),
+        ({"extra_body": {"n_draft": None}}, "n_draft", None),
         ({"extra_body": {"max_thinking_tokens": 9}}, "max_thinking_tokens", 9),
         ({"max_tokens": 3}, "max_tokens", 3),
         ({"max_completion_tokens": 4, "max_tokens": 3}, "max_tokens", 4),
@@ -160,10 +166,8 @@ def test_tokens_without_choice_have_logprob_zero(client: openai.OpenAI, stream: 
     more = {"logprobs": True, "extra_body": {"constrain": "action"}}
     text, choice, _ = create(client, stream, '<answer>do(action="Back")', **more)
     assert text == '<answer>do(action="Back")'
-    if not stream:
-        assert any(entry.logprob == 0 for entry in choice.logprobs.content)
-        shown = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
-        assert shown.decode() == text
+    assert any(entry.logprob == 0 for entry in choice.logprobs.content)
+    assert b"".join(bytes(entry.bytes) for entry in choice.logprobs.content).decode() == text
 
 
 @both
@@ -331,6 +335,9 @@ def test_models_are_the_one_that_is_loaded(client: openai.OpenAI) -> None:
         ({"top_p": 1.5}, "top_p", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": True}, "max_tokens", "invalid_value"),
+        ({"n_draft": 64}, "n_draft", "invalid_value"),
+        ({"max_thinking_tokens": 0}, "max_thinking_tokens", "invalid_value"),
+        ({"cache_prompt": 1}, "cache_prompt", "invalid_value"),
         ({"frequency_penalty": 3}, "frequency_penalty", "invalid_value"),
         ({"n": 2}, "n", "invalid_value"),
         ({"stop": [""]}, "stop.0", "invalid_value"),
@@ -370,6 +377,16 @@ def test_error_in_a_stream_is_raised_by_the_client(client: openai.OpenAI) -> Non
     stream = client.chat.completions.create(model="any", messages=user("x" * 9000), stream=True)
     with pytest.raises(openai.APIError, match="does not fit the context"):
         list(stream)
+
+
+@both
+def test_guessed_tokens_and_times_are_told(client: openai.OpenAI, stream: bool) -> None:
+    more: dict[str, Any] = {"extra_body": {"n_draft": 4}, "stream": stream}
+    told = client.chat.completions.create(model="any", messages=user("abcabcabcabc"), **more)
+    timings = (list(told)[-1] if stream else told).timings
+    assert timings["predicted_n"] == 13
+    assert 0 < timings["draft_n_accepted"] <= timings["draft_n"]
+    assert timings["ttft_ms"] > 0
 
 
 def test_apps_are_the_only_ones_that_launch_opens(client: openai.OpenAI) -> None:

@@ -31,7 +31,7 @@ from serving import PacedEngine
 from autoglm_gguf import AutoGLM
 from autoglm_gguf.server.params import ServerParams
 from autoglm_gguf.server.running import serve
-engine = PacedEngine(b"again " * 600, token_s={token_s})
+engine = PacedEngine(b"again " * {n_words}, token_s={token_s})
 model = AutoGLM(engine)
 say = lambda text: print(text, flush=True)
 serve(
@@ -48,8 +48,9 @@ say(f"ended, closed: {{engine.closed}}")
 class Program:
     """A server in a process of its own."""
 
-    def __init__(self, **values: Any) -> None:
-        script = SCRIPT.format(tests=str(Path(__file__).parents[1]), **values)
+    def __init__(self, n_words: int = 600, **values: Any) -> None:
+        tests = str(Path(__file__).parents[1])
+        script = SCRIPT.format(tests=tests, n_words=n_words, **values)
         self.process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
         )
@@ -93,7 +94,7 @@ def start() -> Iterator[Any]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_lets_the_running_answer_finish(start: Any, number: signal.Signals) -> None:
-    program = start(token_s=0.0005, shutdown_s=20.0)
+    program = start(n_words=100, token_s=0.0005, shutdown_s=60.0)
     events = program.stream()
     next(events)
     program.process.send_signal(number)

@@ -126,12 +126,15 @@ def measure(model: AutoGLM, n_tokens: int, repeats: int) -> dict[str, dict[str, 
             for kind, body in requests(n_tokens).items():
                 ways = found[kind] = {"library": [], "server": []}
                 for n in range(repeats + 1):  # the first one warms up
-                    taken = ask_library(model, kind, n_tokens)
-                    client.stdin.write(json.dumps(body) + "\n")
-                    served = json.loads(client.stdout.readline())
-                    if n:
-                        ways["library"].append(taken)
-                        ways["server"].append(served)
+                    order = ("library", "server") if n % 2 else ("server", "library")
+                    for way in order:  # neither always comes after the other's heat
+                        if way == "library":
+                            taken = ask_library(model, kind, n_tokens)
+                        else:
+                            client.stdin.write(json.dumps(body) + "\n")
+                            taken = json.loads(client.stdout.readline())
+                        if n:
+                            ways[way].append(taken)
             client.stdin.close()
     return found
 

@@ -164,20 +164,20 @@ def test_serve_answers_over_http_until_it_is_told_to_end(
 
 @pytest.mark.native
 @pytest.mark.parametrize(
-    ("words", "reason"),
+    ("words", "body", "reason"),
     [
-        (("--escalate-below", "1"), "an unsure action"),
-        (("--memory-budget", "1MB"), "does not fit"),
+        ((), {"max_tokens": 2}, "no valid action, cut off at max_tokens"),
+        (("--memory-budget", "1MB"), {}, "does not fit"),
     ],
 )
 def test_serve_asks_its_cloud_where_the_device_is_not_enough(
-    acting_model: Path, tmp_path: Path, words: tuple[str, ...], reason: str
+    acting_model: Path, tmp_path: Path, words: tuple[str, ...], body: dict[str, Any], reason: str
 ) -> None:
     said = 'do(action="Home")'
     with Cloud(say(said)) as cloud:
         behind = ("--cloud-base-url", cloud.base_url, "--cloud-model", "big")
         with Served(tmp_path, str(acting_model), *behind, *words) as served:
-            told = served.ask(messages=OPEN_WECHAT, constrain="action")
+            told = served.ask(messages=OPEN_WECHAT, constrain="action", **body)
             assert served.end() == 0
     assert told["choices"][0]["message"]["content"] == said
     assert told["route"]["source"] == "cloud"

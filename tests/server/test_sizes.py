@@ -121,5 +121,5 @@ def test_sizes_of_a_pair_come_from_its_files(
 ) -> None:
     text, mmproj = tiny_pair("q8_0")
     sizes = choose_sizes(text, mmproj, "4GB", {})
-    assert sizes.context == {"n_ctx": 5888, "max_image_tokens": 768}
+    assert sizes.context == {"n_ctx": 5120, "max_image_tokens": 72}
     assert choose_sizes(text, None, "4GB", {}).context == {"n_ctx": 5120}

@@ -194,9 +194,11 @@ class AutoGLM:
             NativeLibraryError: llama-cpp-python is missing or not the pinned version.
         """
         from autoglm_gguf.engine.loading import load_engine
+        from autoglm_gguf.memory.plan import parse_sizes
 
         if not isinstance(token_budget, TokenBudget):
             raise TypeError(f"token_budget {token_budget!r}: not a TokenBudget")
+        parse_sizes(memory_budget, context)  # what is wrong there is told before a file is missed
         text, tower = resolve_pair(model, mmproj)
         context = token_budget.sizes(with_images=tower is not None) | context
         engine = load_engine(text, tower, memory_budget, self_test=self_test, context=context)

@@ -14,7 +14,7 @@ from autoglm_gguf.cli import options, output
 from autoglm_gguf.engine.base import EngineInfo
 from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.measure import MemoryUsage
-from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
+from autoglm_gguf.memory.plan import MemoryPlan, parse_sizes, plan_memory
 from autoglm_gguf.units import format_bytes
 
 _BAR = 40
@@ -41,6 +41,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the plan; nothing is loaded."""
+    given = options.memory_arguments(arguments)
+    parse_sizes(given.pop("memory_budget"), given)  # wrong ones are told before a file is missed
     text, tower = resolve_pair(*options.find_model(arguments))
     given = options.memory_arguments(arguments, with_images=tower is not None)
     plan = plan_memory(text, mmproj=tower, **given)

@@ -8,7 +8,7 @@ has set is never changed. Chooses from headers and numbers; loads nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -160,11 +160,8 @@ def plan_memory(
         GGUFError: A file is missing or broken.
         DoesNotFitError: No choice stays under the budget, or the machine has too little memory.
     """
-    budget_bytes = parse_budget(memory_budget)
-    n_gpu_layers = parse_layers(context.pop("n_gpu_layers", None))
-    if n_gpu_layers is not None:
-        context["n_gpu_layers"] = n_gpu_layers
-    params = ContextParams(**context)
+    budget_bytes, context = parse_sizes(memory_budget, context)
+    params, n_gpu_layers = ContextParams(**context), context.get("n_gpu_layers")
     # Before this process is measured: drivers take memory when they are first asked.
     found = () if n_gpu_layers == 0 else probe_devices()
     devices = () if n_gpu_layers == 0 else choose_devices(found, params.device)
@@ -180,6 +177,24 @@ def plan_memory(
         devices=devices,
         no_gpu=explain_no_gpu(found),
     )
+
+
+def parse_sizes(
+    memory_budget: Budget, context: Mapping[str, Any]
+) -> tuple[int | None, dict[str, Any]]:
+    """What `plan_memory` is asked for, checked as far as that goes without a file.
+
+    Returns:
+        The budget in bytes, None for no bound; fields of `ContextParams`.
+
+    Raises:
+        ValueError, TypeError: One is out of range or unknown.
+    """
+    n_gpu_layers = parse_layers(context.get("n_gpu_layers"))
+    sizes = {key: value for key, value in context.items() if key != "n_gpu_layers"}
+    sizes |= {} if n_gpu_layers is None else {"n_gpu_layers": n_gpu_layers}
+    ContextParams(**sizes)
+    return parse_budget(memory_budget), sizes
 
 
 def plan_pair(

@@ -99,6 +99,12 @@ def test_status_tells_what_a_page_shows(params: ServerParams) -> None:
             return (await client.get("/status")).json()
 
     status = asyncio.run(run())
+    assert status["status"] == "ready"
+    assert status["limits"] == {
+        "max_body_bytes": params.max_body_bytes,
+        "max_image_pixels": params.max_image_pixels,
+    }
+    assert all("do(action=" in prompt for prompt in status["system_prompts"].values())
     assert (status["model"], status["n_ctx"], status["takes_images"]) == ("fake", 4096, True)
     assert status["queue"] == {"waiting": 0, "running": False}
     assert status["memory"]["planned_bytes"] is None

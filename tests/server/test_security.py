@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mimetypes
 import socket
 import struct
 import threading
@@ -473,11 +474,19 @@ def test_slow_site_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_page_may_load_nothing_from_elsewhere() -> None:
     page, api = ask(fake_app(), ("GET", "/", {}), ("GET", "/health", {}))
-    assert "default-src 'self'" in page.headers["content-security-policy"]
-    assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+    policy = page.headers["content-security-policy"]
+    for rule in ("default-src 'none'", "frame-ancestors 'none'", "trusted-types 'none'"):
+        assert rule in policy
+    assert "unsafe" not in policy
     for answer in (page, api):
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "no-referrer"
+
+
+def test_scripts_of_the_page_are_scripts_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mimetypes.types_map, ".js", "text/plain")  # as Windows may have it
+    (answer,) = ask(fake_app(), ("GET", "/app.js", {}))
+    assert answer.headers["content-type"] == "text/javascript; charset=utf-8"
 
 
 @pytest.mark.parametrize(

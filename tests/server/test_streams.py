@@ -235,6 +235,8 @@ def test_server_says_that_it_loads_then_that_it_is_ready(gate: threading.Event) 
     with listening(app, ready=False) as url:
         loading = httpx2.get(url + "/health")
         assert (loading.status_code, loading.json()) == (503, {"status": "loading"})
+        status = httpx2.get(url + "/status").json()
+        assert (status["status"], status["model"]) == ("loading", None)
         refused = httpx2.post(url + CHAT, json=HI)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "model_loading"

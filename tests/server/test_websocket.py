@@ -28,7 +28,7 @@ from websockets.sync.client import ClientConnection
 from wires import answer, dialled, opened, receive, said, send
 
 from autoglm_gguf.engine.fake import FakeEngine
-from autoglm_gguf.server import websocket
+from autoglm_gguf.server import replies, websocket
 from autoglm_gguf.server.params import ServerParams
 from autoglm_gguf.server.service import Service
 
@@ -74,6 +74,29 @@ def test_several_answers_come_one_after_another() -> None:
             send(wire, type="generate", prompt="hi", id=str(n))
             frames = answer(wire)
             assert (said(frames), frames[-1]["id"]) == ("ok", str(n))
+
+
+def test_action_of_an_answer_is_told_at_its_end() -> None:
+    answers = iter(
+        (b'<think>There.</think><answer>do(action="Tap", element=[5,999])', b"just text")
+    )
+    with served(FakeEngine(lambda _: next(answers))) as (url, _), opened(url) as wire:
+        send(wire, type="generate", prompt="hi")
+        assert answer(wire)[-1]["action"] == {
+            "name": "Tap",
+            "arguments": {"element": [5, 999]},
+            "text": 'do(action="Tap", element=[5,999])',
+            "thinking": "There.",
+        }
+        send(wire, type="generate", prompt="hi")
+        assert "action" not in answer(wire)[-1]
+
+
+def test_long_text_is_not_searched_for_actions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "_MOST_CHARS", 40)
+    with served(FakeEngine(b'do(action="Back")' + b" " * 24)) as (url, _), opened(url) as wire:
+        send(wire, type="generate", prompt="hi")
+        assert "action" not in answer(wire)[-1]
 
 
 def test_raw_prompt_is_gone_on_with() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from autoglm_gguf.server.openapi import describe_api
 from autoglm_gguf.server.params import ServerParams
 from autoglm_gguf.server.security import PAGE_POLICY, SOCKET_PATH, Guard, Observed
 from autoglm_gguf.server.service import Service
+from autoglm_gguf.server.status import describe_status
 from autoglm_gguf.server.websocket import generate
 
 PAGE = Path(__file__).parent / "page"
@@ -109,6 +109,8 @@ class _Page(StaticFiles):
         response = await super().get_response(path, scope)
         response.headers["Content-Security-Policy"] = PAGE_POLICY
         response.headers["Cache-Control"] = "no-cache"
+        if path.endswith(".js"):  # Windows may know it as text/plain, which browsers do not run
+            response.headers["Content-Type"] = "text/javascript; charset=utf-8"
         return response
 
 
@@ -148,27 +150,8 @@ def _describe_model(service: Service) -> dict[str, Any]:
 
 
 async def _status(request: Request) -> Response:
-    """What a page shows beside the conversation: sizes, notes, queue, and memory in bytes."""
-    service = _service(request)
-    info = service.ready().info
-    usage = service.ready().memory()
-    plan = info.plan
-    return JSONResponse(
-        {
-            "model": info.name,
-            "n_ctx": info.n_ctx,
-            "takes_images": service.ready().takes_images,
-            "max_image_tokens": info.max_image_tokens,
-            "notes": list(info.notes),
-            "queue": {"waiting": service.queue.n_waiting, "running": not service.queue.is_idle},
-            "memory": {
-                "budget_bytes": plan.budget_bytes if plan else None,
-                "planned_bytes": plan.peak_bytes if plan else None,
-                "planned_phase_bytes": plan.phase_bytes if plan else None,
-                "measured": {**asdict(usage), "total_bytes": usage.total_bytes} if usage else None,
-            },
-        }
-    )
+    """How the server is; see `describe_status`."""
+    return JSONResponse(describe_status(_service(request)))
 
 
 async def _metrics(request: Request) -> Response:

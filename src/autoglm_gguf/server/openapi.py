@@ -86,7 +86,7 @@ def describe_api() -> dict[str, Any]:
                 }
             },
             "/health": {"get": {**_query("Whether the model is loaded"), "security": unkeyed}},
-            "/status": {"get": _query("Sizes, notes, queue, memory in bytes")},
+            "/status": {"get": _query("Model, sizes, notes, limits, queue, memory in bytes")},
             "/metrics": {"get": _query("Prometheus metrics", content="text/plain")},
             "/openapi.json": {"get": {**_query("This document"), "security": unkeyed}},
         },

@@ -16,12 +16,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from autoglm_gguf import __version__
+from autoglm_gguf.actions import parse_answer
+from autoglm_gguf.errors import ActionParseError
 from autoglm_gguf.messages import Chunk, Completion, TokenLogprob
 from autoglm_gguf.messages import Route as ChunkRoute
 from autoglm_gguf.messages import Timings as ChunkTimings
 from autoglm_gguf.messages import Usage as ChunkUsage
 
 FINGERPRINT = f"autoglm-gguf-{__version__}"
+_MOST_CHARS = 8192  # longer texts are no agent's answers; reading them could take long
 _IMPOSSIBLE = -9999.0  # OpenAI's number for what cannot come; JSON has no infinity
 
 
@@ -364,6 +367,18 @@ def usage_fields(chunk: Chunk) -> dict[str, Any]:
         return {}
     ending = _ending(chunk.usage, chunk.timings, chunk.route)
     return {k: v.model_dump() if isinstance(v, Reply) else v for k, v in ending.items()}
+
+
+def action_fields(text: str) -> dict[str, Any]:
+    """The action that a whole answer holds, as plain values; nothing where it holds none."""
+    if len(text) > _MOST_CHARS:
+        return {}
+    try:
+        thinking, action = parse_answer(text)
+    except ActionParseError:
+        return {}
+    told = {"name": action.name, "arguments": action.arguments, "text": action.render()}
+    return {"action": {**told, "thinking": thinking}}
 
 
 def _reason(reason: str) -> Literal["stop", "length"]:

@@ -12,6 +12,8 @@ and gets:
     {"type": "queued", "n_ahead": n}     turns until its own: at once, and when that changes
     {"type": "token", "text": …}         what has come; several tokens where they waited for it
     {"type": "done", "finish_reason": "stop" | "length" | "cancelled", "usage": …, "timings": …}
+                                         and with an answer that holds an action, ``action``: its
+                                         name, its arguments (points 0..999), text and thinking
     {"type": "error", "error": …}        OpenAI's error object; the connection stays open
     {"type": "pong"}
 
@@ -32,7 +34,7 @@ from autoglm_gguf.server.answers import Answer, Ask
 from autoglm_gguf.server.completions import client_of, writer_for
 from autoglm_gguf.server.errors import ApiError, as_bad_request
 from autoglm_gguf.server.protocol import ChatRequest, CompletionRequest, Sampling, Shape
-from autoglm_gguf.server.replies import Writer, usage_fields
+from autoglm_gguf.server.replies import Writer, action_fields, usage_fields
 from autoglm_gguf.server.security import key_matches, sends_key
 from autoglm_gguf.server.service import Service
 
@@ -202,7 +204,7 @@ class _Connection:
 
     async def _tell(self, answer: Answer, writer: Writer, mark: dict[str, str]) -> None:
         """Pass an answer on as it comes."""
-        told = -1
+        told, said = -1, list[str]()
         try:
             while True:
                 n_ahead = answer.n_ahead
@@ -212,12 +214,14 @@ class _Connection:
                 chunk = await answer.next(self._service.params.keep_alive_s)
                 if chunk is None:
                     continue
+                said.append(chunk.text)
                 if chunk.text or chunk.logprobs:
                     logprobs = writer.logprobs_fields(chunk)
                     await self._send({"type": "token", **mark, "text": chunk.text, **logprobs})
                 if chunk.finish_reason is not None:
                     ending = {"finish_reason": chunk.finish_reason, **usage_fields(chunk)}
-                    await self._send({"type": "done", **mark, **ending})
+                    action = action_fields("".join(said))
+                    await self._send({"type": "done", **mark, **ending, **action})
                     return
         except ApiError as error:
             if error is _CANCELLED:

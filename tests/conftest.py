@@ -16,6 +16,7 @@ TINY = ROOT / "models" / "autoglm-tiny"
 _NEEDS = {
     "native": ("llama_cpp",),
     "gpu": ("llama_cpp",),  # and a device: tests/gpu/conftest.py
+    "browser": ("playwright",),  # and Chromium and axe-core: tests/browser.py
     "reference": ("llama_cpp", "torch", "transformers"),
 }
 

@@ -176,10 +176,10 @@ def chat(app: Starlette, **body: Any) -> httpx2.Response:
 
 
 @contextlib.contextmanager
-def listening(app: Starlette, *, ready: bool = True) -> Iterator[str]:
-    """The application behind a real uvicorn on a free port; gives its address."""
+def listening(app: Starlette, *, ready: bool = True, port: int = 0) -> Iterator[str]:
+    """The application behind a real uvicorn; gives its address. Port 0 takes a free one."""
     service = service_of(app)
-    sockets = open_sockets(ServerParams(port=0))
+    sockets = open_sockets(ServerParams(port=port))
     server = uvicorn.Server(configure(app, service.params))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)), daemon=True)
     thread.start()

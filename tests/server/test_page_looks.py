@@ -230,9 +230,11 @@ def test_axe_finds_nothing_serious(chromium: Browser, width: int, theme: str) ->
         visit.answer(3)
         assert visit.page.locator(".failure").count() == 1
         assert visit.findings(axe) == []
-        for across in (width, 360):
+        visit.page.evaluate("document.querySelector('#memory-short').textContent = '10.24 GB'")
+        for across in (width, 390, 360):
             visit.page.set_viewport_size({"width": across, "height": 800})
             assert visit.page.evaluate("document.documentElement.scrollWidth") <= across
+            assert visit.page.locator("#state").is_visible()
     with (
         saying("ok", params=ServerParams(api_key=KEY)) as url,
         visiting(chromium, url, width=width, theme=theme, ready=False) as visit,

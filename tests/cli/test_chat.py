@@ -420,6 +420,35 @@ def test_chat_at_a_terminal_stops_on_ctrl_c_and_leaves_on_ctrl_d(
     assert "hello" in (tmp_path / "cache" / "chat_history").read_text("utf-8")
 
 
+@pytest.mark.native
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals of POSIX")
+@pytest.mark.parametrize("has_toolkit", [True, False])
+def test_chat_at_a_terminal_takes_whatever_is_typed(
+    endless_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_toolkit: bool
+) -> None:
+    """Bytes that are no text end nothing; long lines are not cut where there is no toolkit."""
+    n_long = 0 if has_toolkit else 9
+    if not has_toolkit:
+        (tmp_path / "prompt_toolkit").mkdir()
+        (tmp_path / "prompt_toolkit" / "__init__.py").write_text("raise ImportError")
+        path = os.environ.get("PYTHONPATH", "")
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{path}")
+    options = ["--n-ctx", "512", "--max-tokens", "1", "--n-threads", "1"]
+    with terminal(str(endless_model), *options, cache=tmp_path / "cache") as screen:
+        screen.wait_for(b">")
+        for _ in range(n_long):
+            screen.type(b"long " * 100)
+        if n_long:
+            screen.type(b"end\r")
+            screen.wait_for(b"does not fit the context (45")  # 4,503 bytes, and the template's
+            screen.wait_for(b">")
+        screen.type(b"no \xff\xfe text\r")
+        screen.wait_for(b"context left")
+        screen.wait_for(b">")
+        screen.type(b"\x04")
+        assert screen.process.wait(timeout=30) == 0
+
+
 def test_chat_piped_tells_the_exit_code_when_a_message_was_refused() -> None:
     model = AutoGLM(FakeEngine(b"yes", n_ctx=100))
     talk = Conversation(model, model.chat(), {})

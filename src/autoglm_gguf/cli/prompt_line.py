@@ -5,6 +5,7 @@ One rule for both: a trailing backslash continues, a line of three quotes opens 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 from collections.abc import Callable
@@ -63,13 +64,15 @@ class LineReader:
 
 def open_reader(*, interactive: bool) -> LineReader:
     """A reader for this terminal or pipe."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text spoil no later line
     if not interactive:
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # bytes that are no text spoil no later line
         return LineReader(_read_piped, interactive=False)
     try:
         return LineReader(_toolkit(), interactive=True)
     except ImportError:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - else terminals cut lines at 4,095 bytes, and say nothing
         output.note('(for line editing and history: pip install "autoglm-gguf[chat]")')
         return LineReader(input, interactive=True)
 
@@ -94,6 +97,9 @@ def _toolkit() -> Callable[[str], str]:
     session = PromptSession(history=history)
 
     def read_line(prompt: str) -> str:
-        return str(session.prompt(prompt))
+        typed = str(session.prompt(prompt))
+        return typed.encode(
+            "utf-8", "replace"
+        ).decode()  # it gives bytes that are no text as halves
 
     return read_line

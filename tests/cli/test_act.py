@@ -87,6 +87,10 @@ def test_act_draws_what_it_would_touch(
     with Image.open(tmp_path / "out.png") as drawn:
         assert drawn.size == (112, 168)
     assert main([*task, "--annotate", "out.gguf"]) == 2
+    assert main([*task, "--annotate", str(tmp_path / "nowhere" / "out.png")]) == 2
+    told = capsys.readouterr()
+    assert "nowhere/out.png: no such directory" in told.err
+    assert told.out.count("do(") == 1, "refused before anything is asked"
     assert main(["act", str(acting_model), "--task", "t", "--annotate", "out.png"]) == 2
     assert "needs --screenshot" in capsys.readouterr().err
 

@@ -124,6 +124,7 @@ def test_plan_that_cannot_fit_exits_with_1(
         ("prompt=x", "each part is a name"),
         ("words=3", "parts are prompt, image, thinking, answer"),
         ("image=3", "image 3: at least 16"),
+        ("prompt=600,prompt=700", "given once each"),
         ("", "each part is a name"),
     ],
 )

@@ -82,5 +82,8 @@ def _check_drawing(arguments: argparse.Namespace) -> None:
     """Refuse what could not be drawn before minutes are spent on the answer."""
     if arguments.screenshot is None:
         raise ValueError("--annotate: needs --screenshot, to draw on")
-    if Path(arguments.annotate).suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"--annotate {arguments.annotate}: not a .png or .jpg file")
+    path = Path(arguments.annotate)
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"--annotate {path}: not a .png or .jpg file")
+    if not path.parent.is_dir():
+        raise ValueError(f"--annotate {path}: no such directory")

@@ -123,7 +123,10 @@ def _token_budget(text: str) -> TokenBudget:
     names = TokenBudget.__dataclass_fields__
     try:
         parts = [part.partition("=") for part in text.split(",")]
-        return TokenBudget(**{name.strip(): int(value) for name, _, value in parts})
+        given = {name.strip(): int(value) for name, _, value in parts}
+        if len(given) < len(parts):
+            raise ValueError("budget parts are given once each")
+        return TokenBudget(**given)
     except TypeError:
         hint = f"parts are {', '.join(names)}"
     except ValueError as error:

@@ -15,7 +15,9 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from autoglm_gguf.errors import ServerError
 from autoglm_gguf.server.app import create_app
@@ -25,6 +27,7 @@ from autoglm_gguf.server.service import Service
 
 _MAX_CONNECTIONS = 512
 _CLOSE_S = 3  # for connections that do nothing any more, seconds
+_HEAD_S = 30.0  # the head of a request must arrive within this time, seconds
 _log = logging.getLogger(__name__)
 
 
@@ -86,7 +89,7 @@ def configure(app: Any, params: ServerParams) -> uvicorn.Config:
     """How uvicorn runs the application: one parser of HTTP, bounds, and nothing of its own told."""
     return uvicorn.Config(
         app,
-        http="h11",
+        http=_Protocol,
         ws="websockets-sansio",
         ws_max_size=params.max_body_bytes,
         ws_per_message_deflate=False,  # tokens are small, and a bomb needs no door
@@ -99,6 +102,39 @@ def configure(app: Any, params: ServerParams) -> uvicorn.Config:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSE_S,
     )
+
+
+class _Protocol(H11Protocol):
+    """Uvicorn's, which also ends a connection that does not come to the point.
+
+    Uvicorn waits for the head of a request for ever: a few hundred clients that send half of one
+    would keep everybody else out.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:  # it has arrived
+            self._forget_head()
+        elif self._late is None:  # counted from its first byte: the next ones gain no time
+            self._late = self.loop.call_later(_HEAD_S, self.transport.close)
+
+    def _forget_head(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Server(uvicorn.Server):

@@ -59,6 +59,20 @@ def test_schema_whose_words_only_look_like_keywords_is_taken(schema: object) -> 
     assert "root ::=" in schema_to_grammar(json.dumps(schema))
 
 
+def test_schema_whose_root_is_a_reference_is_taken() -> None:
+    node = {"type": "object", "properties": {"b": STRING, "a": {"$ref": "#/$defs/Node"}}}
+    grammar = schema_to_grammar(json.dumps({"$defs": {"Node": node}, "$ref": "#/$defs/Node"}))
+    assert "root ::= " in grammar
+    assert "Node ::= " in grammar
+    assert grammar.index("-b-kv") < grammar.index("-a-kv")
+
+
+def test_schema_whose_references_lead_in_a_circle_is_refused() -> None:
+    circle = {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}
+    with pytest.raises(ValueError, match=r"^schema: "):
+        schema_to_grammar(json.dumps({"$defs": circle, "$ref": "#/$defs/a"}))
+
+
 def test_schema_that_no_answer_fits_leaves_the_model_usable(random_pair: tuple[Path, Path]) -> None:
     with AutoGLM.load(random_pair[0], mmproj=None, n_ctx=256, n_threads=1) as model:
         with pytest.raises(ValueError, match="schema: no token can follow"):

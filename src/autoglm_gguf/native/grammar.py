@@ -6,10 +6,13 @@ Checks what llama.cpp would end the process over: only tokens that were found al
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import math
+import operator
 import re
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,16 +44,31 @@ def schema_to_grammar(schema: str) -> str:
     load_llama()
     converter = importlib.import_module("llama_cpp.llama_grammar")
     try:
-        parsed = json.loads(schema)
+        parsed = _without_root_reference(json.loads(schema))
         order = list(parsed.get("properties", {}))
         _check_schema(parsed)
-        return str(converter.json_schema_to_gbnf(schema, order))
+        return str(converter.json_schema_to_gbnf(json.dumps(parsed), order))
     except _UnfollowedError as error:
         raise ValueError(f"schema: {error}") from None
     except Exception as error:  # it raises nearly everything, AssertionError among it
         raise ValueError(
             f"schema: cannot be turned into a grammar ({type(error).__name__}: {error})"
         ) from error
+
+
+def _without_root_reference(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same with what its root refers to in the reference's place.
+
+    Beside a reference the converter overlooks the definitions; pydantic writes recursive models so.
+    """
+    root, seen = schema, set[str]()
+    while (ref := str(root.get("$ref", ""))).startswith("#/") and ref not in seen:
+        seen.add(ref)
+        root = functools.reduce(operator.getitem, ref.split("/")[1:], schema)
+    kept: dict[str, Any] = {
+        name: schema[name] for name in ("$defs", "definitions") if name in schema
+    }
+    return {**kept, **root}
 
 
 class _UnfollowedError(Exception):

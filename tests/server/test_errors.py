@@ -7,6 +7,7 @@ import logging
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from serving import CHAT, ask, fake_app
 
 from autoglm_gguf import AutoGLMError, EngineError, ImageError, errors
 from autoglm_gguf.server.errors import HTTP_STATUS, ApiError, as_api_error, as_bad_request
@@ -102,3 +103,17 @@ def test_missing_field_has_a_code_of_its_own() -> None:
     with pytest.raises(ValidationError) as caught:
         Body.model_validate_json('{"b": []}')
     assert as_bad_request(caught.value).code == "missing_required_parameter"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/embeddings", "/nothing"])
+def test_path_that_is_none_is_not_found_by_any_method(method: str, path: str) -> None:
+    answer = ask(fake_app(), (method, path, {}))[0]
+    told = answer.json()["error"]
+    assert (answer.status_code, told["code"]) == (404, "not_found")
+    assert "/v1/chat/completions" in told["hint"]
+
+
+def test_path_that_takes_other_methods_says_so() -> None:
+    answers = ask(fake_app(), ("GET", CHAT, {}), ("POST", "/health", {}), ("POST", "/", {}))
+    assert [answer.status_code for answer in answers] == [405] * 3

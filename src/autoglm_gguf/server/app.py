@@ -35,6 +35,7 @@ from autoglm_gguf.server.status import describe_status
 from autoglm_gguf.server.websocket import generate
 
 PAGE = Path(__file__).parent / "page"
+_PATHS = "paths of the API begin with /v1/, as /v1/chat/completions; /openapi.json lists all"
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -106,6 +107,8 @@ class _Page(StaticFiles):
             await WebSocketClose()(scope, receive, send)
 
     async def get_response(self, path: str, scope: Scope) -> Response:
+        if scope["method"] not in ("GET", "HEAD") and path != ".":
+            raise HTTPException(404)  # no endpoint, whatever the method: a wrong base URL, mostly
         response = await super().get_response(path, scope)
         response.headers["Content-Security-Policy"] = PAGE_POLICY
         response.headers["Cache-Control"] = "no-cache"
@@ -172,7 +175,8 @@ async def _on_error(_: Request, error: Exception) -> Response:
 async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _CODES.get(error.status_code, "invalid_request")
-    response = ApiError(error.status_code, code, error.detail.lower()).response()
+    hint = _PATHS if error.status_code == 404 else ""
+    response = ApiError(error.status_code, code, error.detail.lower(), hint=hint).response()
     response.headers.update(error.headers or {})
     return response
 

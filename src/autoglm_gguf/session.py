@@ -164,6 +164,7 @@ class AutoGLM:
         content_format: ContentFormat = "openai",
         token_budget: TokenBudget = NO_TOKEN_BUDGET,
         self_test: bool = True,
+        reserved_bytes: int = 0,
         **context: Any,
     ) -> AutoGLM:
         """Load a GGUF pair within a memory budget.
@@ -179,6 +180,7 @@ class AutoGLM:
                 takes any) and answer, n_ctx is their sum, unless it is given.
             self_test: Compare a GPU with the CPU when it is first used with this model, and keep
                 on the CPU what it gets wrong; ``info.notes`` tells.
+            reserved_bytes: Of the budget, left to the program for its own work beside the model.
             **context: Fields of `ContextParams`: n_ctx, n_gpu_layers, device, n_threads, type_k,
                 type_v, flash_attn, n_batch, n_draft_max, max_image_tokens, offload_kqv,
                 mmproj_offload. What is given is kept, the rest may be made smaller to stay within
@@ -201,7 +203,14 @@ class AutoGLM:
         parse_sizes(memory_budget, context)  # what is wrong there is told before a file is missed
         text, tower = resolve_pair(model, mmproj)
         context = token_budget.sizes(with_images=tower is not None) | context
-        engine = load_engine(text, tower, memory_budget, self_test=self_test, context=context)
+        engine = load_engine(
+            text,
+            tower,
+            memory_budget,
+            self_test=self_test,
+            reserved_bytes=reserved_bytes,
+            context=context,
+        )
         return cls(engine, content_format=content_format, token_budget=token_budget)
 
     @property

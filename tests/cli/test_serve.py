@@ -14,10 +14,12 @@ from typing import Any, Self
 
 import pytest
 from cloud_server import Cloud, say
+from serving import image_part, png
 
 from autoglm_gguf.cli import serve
 from autoglm_gguf.cli.main import main
 from autoglm_gguf.server.params import KEY_VARIABLE
+from autoglm_gguf.server.sizes import REQUEST_BYTES
 
 
 def parsed(*words: str) -> argparse.Namespace:
@@ -132,6 +134,10 @@ class Served:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
+    def memory(self) -> Any:
+        with urllib.request.urlopen(f"{self.url}/status", timeout=60) as answer:
+            return json.load(answer)["memory"]
+
     def end(self) -> int:
         assert self._process.stderr is not None
         self._process.send_signal(signal.SIGTERM)
@@ -160,6 +166,23 @@ def test_serve_answers_over_http_until_it_is_told_to_end(
     assert "n_ctx" in served.told
     assert "POST /v1/chat/completions 200" in served.told
     assert "微信" not in served.told
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measured on Linux")
+def test_serve_holds_no_more_than_planned_after_a_screenshot_that_does_not_compress(
+    random_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    screen = [image_part(png(1080, 2400)), {"type": "text", "text": "hi"}]
+    with Served(tmp_path, str(random_pair[0])) as served:
+        before = served.memory()
+        assert before["planned_phase_bytes"]["decode"] > REQUEST_BYTES
+        for _ in range(2):
+            served.ask(messages=[{"role": "user", "content": screen}], max_tokens=4)
+        memory = served.memory()
+        assert served.end() == 0
+    assert memory["planned_bytes"] == before["planned_bytes"]
+    assert memory["measured"]["total_bytes"] <= memory["planned_bytes"]
 
 
 @pytest.mark.native

@@ -302,6 +302,19 @@ def test_machine_with_too_little_memory_is_an_error(free_mb: int, fits: bool) ->
     assert e.value.hint.endswith("--memory-budget 380MB")  # what is free, and what is held already
 
 
+def test_what_the_program_needs_itself_is_planned_once_the_model_is_loaded() -> None:
+    described = describe_sizes(**SMALL)
+    alone = plan_pair(described, ContextParams(), None).phase_bytes
+    beside = plan_pair(described, ContextParams(), None, reserved_bytes=50 * MB).phase_bytes
+    grown = {phase: beside[phase] - n_bytes for phase, n_bytes in alone.items()}
+    assert grown == {"load": 0, **dict.fromkeys(set(alone) - {"load"}, 50 * MB)}
+
+
+def test_plan_refuses_to_reserve_less_than_nothing() -> None:
+    with pytest.raises(ValueError, match="reserved_bytes -1"):
+        plan_memory("model.gguf", reserved_bytes=-1)
+
+
 def test_control_group_is_named_where_it_is_the_bound() -> None:
     group = MachineMemory(2 * 10**9, 10**9, "cgroup")
     with pytest.raises(DoesNotFitError, match=r"this cgroup has 1\.00 GB free \(budget none\)"):

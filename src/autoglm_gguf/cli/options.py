@@ -225,8 +225,13 @@ def find_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return model, mmproj or "auto"
 
 
-def load_model(arguments: argparse.Namespace) -> AutoGLM:
-    """Load the model that the options name, or convert and load the embedded one."""
+def load_model(arguments: argparse.Namespace, *, reserved_bytes: int = 0) -> AutoGLM:
+    """Load the model that the options name, or convert and load the embedded one.
+
+    Args:
+        arguments: As parsed.
+        reserved_bytes: See `AutoGLM.load`.
+    """
     model, mmproj = find_model(arguments)
     given = memory_arguments(arguments)
     if arguments.n_threads is not None:
@@ -237,6 +242,7 @@ def load_model(arguments: argparse.Namespace) -> AutoGLM:
         content_format=arguments.content_format,
         token_budget=arguments.token_budget,
         self_test=arguments.self_test,
+        reserved_bytes=reserved_bytes,
         **given,
     )
     for remark in loaded.info.notes:

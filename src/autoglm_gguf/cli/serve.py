@@ -117,7 +117,7 @@ def _params(arguments: argparse.Namespace) -> ServerParams:
 
 def _load(arguments: argparse.Namespace) -> AutoGLM:
     """This device's model; n_ctx and image tokens, where not given, as the phone agent needs."""
-    from autoglm_gguf.server.sizes import choose_sizes
+    from autoglm_gguf.server.sizes import REQUEST_BYTES, choose_sizes
 
     model, mmproj = options.find_model(arguments)
     given = options.memory_arguments(arguments)
@@ -126,7 +126,7 @@ def _load(arguments: argparse.Namespace) -> AutoGLM:
     if sizes.reason:
         output.note(f"note: {sizes.reason}")
     chosen = {**vars(arguments), **sizes.context, "model": model, "mmproj": mmproj}
-    return options.load_model(argparse.Namespace(**chosen))
+    return options.load_model(argparse.Namespace(**chosen), reserved_bytes=REQUEST_BYTES)
 
 
 def _listening(params: ServerParams, address: str) -> None:

@@ -18,6 +18,7 @@ def load_engine(
     memory_budget: Budget,
     *,
     self_test: bool,
+    reserved_bytes: int = 0,
     context: dict[str, Any],
 ) -> LlamaEngine:
     """Load a pair as `AutoGLM.load` describes it.
@@ -27,6 +28,7 @@ def load_engine(
         mmproj: The vision tower; ``"auto"`` looks beside the model.
         memory_budget: See `plan_memory`.
         self_test: Compare a GPU with the CPU when it is first used with this model.
+        reserved_bytes: See `plan_memory`.
         context: Fields of `ContextParams`.
 
     Raises:
@@ -35,7 +37,11 @@ def load_engine(
 
     def plan_with(**changed: Any) -> MemoryPlan:
         return plan_memory(
-            model, mmproj=mmproj, memory_budget=memory_budget, **{**context, **changed}
+            model,
+            mmproj=mmproj,
+            memory_budget=memory_budget,
+            reserved_bytes=reserved_bytes,
+            **{**context, **changed},
         )
 
     plan = plan_with()

@@ -74,6 +74,7 @@ class Holding:
         described: The pair.
         floor_bytes: What the process holds without the model.
         devices: The GPUs that layers may go to.
+        reserved_bytes: What the program holds for its own work while the model answers.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Holding:
         described: ModelDescription,
         floor_bytes: int,
         devices: Sequence[Device] = (),
+        reserved_bytes: int = 0,
     ) -> None:
         self.text: TextShape = estimate.text_shape(described.text)
         tower = described.mmproj
@@ -91,7 +93,7 @@ class Holding:
         self.can_page = pages.SUPPORTED and estimate.layers_lie_together(described.text)
         """Layers can be dropped and read one by one."""
         self._limits = described.vision
-        self._floor_bytes = floor_bytes
+        self._floor_bytes, self._reserved_bytes = floor_bytes, reserved_bytes
         # While a tensor is copied, its pages are in the mapping too.
         self._touched_bytes = max(self.text.output_bytes, *self.text.layer_bytes)
 
@@ -215,8 +217,10 @@ class Holding:
             ("kv_cache", kv_cache - kv_away, cells),
             ("compute", compute + work + outputs, logits),
         )
+        if self._reserved_bytes:
+            own += (("reserved", self._reserved_bytes, "for the program's own work"),)
         # KV cache and compute come after the weights, when what was held for loading has gone.
-        later = ("kv_cache", "compute")
+        later = ("kv_cache", "compute", "reserved")
         items = [Item(name, 0 if name in later else n, n, n, reason) for name, n, reason in own]
         sampling = estimate.sampling_bytes(text)
         items.append(Item("sampling", 0, 0, sampling, "candidates, and what holds an answer"))

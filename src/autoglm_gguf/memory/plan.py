@@ -141,6 +141,7 @@ def plan_memory(
     *,
     mmproj: str | os.PathLike[str] | None = "auto",
     memory_budget: Budget = DEFAULT_BUDGET,
+    reserved_bytes: int = 0,
     **context: Any,
 ) -> MemoryPlan:
     """Plan how a GGUF pair is held under a budget, without loading it.
@@ -151,6 +152,7 @@ def plan_memory(
         memory_budget: For everything this process holds, resident pages and device buffers, at
             load, at image encode and at decode: bytes, ``"4GB"`` (10**9 each), ``"4GiB"`` (2**30),
             or ``"none"``.
+        reserved_bytes: Of the budget, left to the program for its own work at encode and decode.
         **context: Fields of `ContextParams`. What is given is kept; the rest may be made smaller.
             ``n_gpu_layers`` is a number, ``"all"`` or ``"auto"``: as many layers as fit the
             budget and the GPU's free memory.
@@ -161,6 +163,8 @@ def plan_memory(
         DoesNotFitError: No choice stays under the budget, or the machine has too little memory.
     """
     budget_bytes, context = parse_sizes(memory_budget, context)
+    if reserved_bytes < 0:
+        raise ValueError(f"reserved_bytes {reserved_bytes}: less than nothing")
     params, n_gpu_layers = ContextParams(**context), context.get("n_gpu_layers")
     # Before this process is measured: drivers take memory when they are first asked.
     found = () if n_gpu_layers == 0 else probe_devices()
@@ -176,6 +180,7 @@ def plan_memory(
         machine=probe_memory(),
         devices=devices,
         no_gpu=explain_no_gpu(found),
+        reserved_bytes=reserved_bytes,
     )
 
 
@@ -207,6 +212,7 @@ def plan_pair(
     machine: MachineMemory | None = None,
     devices: Sequence[Device] = (),
     no_gpu: str = NO_GPU,
+    reserved_bytes: int = 0,
 ) -> MemoryPlan:
     """Plan a described pair; see `plan_memory`.
 
@@ -219,11 +225,12 @@ def plan_pair(
         machine: Its memory; None if unknown.
         devices: The GPUs that layers may go to.
         no_gpu: Why there is none, where there is none.
+        reserved_bytes: See `plan_memory`.
 
     Raises:
         DoesNotFitError: See `plan_memory`.
     """
-    holding = Holding(described, max(held_bytes, FLOOR_BYTES), devices)
+    holding = Holding(described, max(held_bytes, FLOOR_BYTES), devices, reserved_bytes)
     plan = _Planner(described.text.path.stem, holding, params, fixed, no_gpu).plan(budget_bytes)
     _check_machine(plan, holding, machine, held_bytes)
     return plan

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator
 from typing import Any
@@ -28,6 +30,8 @@ from autoglm_gguf.server.service import Service
 _MAX_CONNECTIONS = 512
 _CLOSE_S = 3  # for connections that do nothing any more, seconds
 _HEAD_S = 30.0  # the head of a request must arrive within this time, seconds
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
+_LARGE_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -52,11 +56,19 @@ def serve(
         AutoGLMError, ValueError: What ``load`` raises, or the port is taken.
     """
     sockets = open_sockets(params)
+    _give_back_large_blocks()
     try:
         asyncio.run(_serve(load, params, sockets, on_listening, on_loaded, on_stop))
     finally:
         for listener in sockets:
             listener.close()
+
+
+def _give_back_large_blocks() -> None:
+    """Have glibc return what bodies and screenshots took, which each thread would keep otherwise."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another libc
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 async def _serve(

@@ -26,6 +26,9 @@ AGENT_WORDS = 2019
 AGENT_ANSWER = 3000
 OFFICIAL_IMAGE_TOKENS = 3188
 """The largest image of the official server: 5,000,000 pixels, of two frames."""
+REQUEST_BYTES = 6 * (1080 * 2400 * 3 * 4 // 3)
+"""Of the budget, for a request on its way: a screenshot that does not compress, in base64, and its
+copies: what arrived, the JSON's text, the file. Measured: 57 MB. Larger bodies come on top."""
 _LEAST_ANSWER = 512
 _SMALLER_IMAGES = (2048, 1620, 1024)  # below 1024, taps land beside small targets
 _SMALLER = (
@@ -70,7 +73,13 @@ def choose_sizes(
     key = names.CONTEXT_LENGTH.format(arch=metadata.get(names.ARCHITECTURE))
     trained = metadata.get(key)
     n_ctx_train = trained if isinstance(trained, int) else None
-    plan = partial(plan_memory, Path(text), mmproj=tower, memory_budget=memory_budget)
+    plan = partial(
+        plan_memory,
+        Path(text),
+        mmproj=tower,
+        memory_budget=memory_budget,
+        reserved_bytes=REQUEST_BYTES,
+    )
     return find_sizes(plan, limit, n_ctx_train, given)
 
 

@@ -313,6 +313,17 @@ def test_completions_end_after_16_tokens_by_default(client: openai.OpenAI) -> No
     assert whole.usage.completion_tokens == 16
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("echo", True), ("echo", 0), ("suffix", "end"), ("best_of", 2)]
+)
+def test_field_of_a_completion_that_cannot_be_honoured_is_refused(
+    client: openai.OpenAI, field: str, value: Any
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="any", prompt="x", extra_body={field: value})
+    assert caught.value.param == field
+
+
 def test_models_are_the_one_that_is_loaded(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["fake"]
     assert client.models.retrieve("fake").owned_by == "autoglm-gguf"
@@ -340,6 +351,7 @@ def test_models_are_the_one_that_is_loaded(client: openai.OpenAI) -> None:
         ({"cache_prompt": 1}, "cache_prompt", "invalid_value"),
         ({"frequency_penalty": 3}, "frequency_penalty", "invalid_value"),
         ({"n": 2}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_value"),
         ({"stop": [""]}, "stop.0", "invalid_value"),
         ({"stop": ["a"] * 17}, "stop", "invalid_value"),
         ({"stream": "yes"}, "stream", "invalid_value"),

@@ -84,6 +84,13 @@ def _as_strings(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_bool(value: Any) -> Any:
+    if value == 0 and not isinstance(value, bool):  # which equals False to Python, and is not it
+        raise ValueError("not a boolean")
+    return value
+
+
+_One = Annotated[int, Field(ge=1, le=1)]
 _Word = Annotated[str, Field(min_length=1, max_length=1000)]
 _Stops = Annotated[list[_Word], Field(max_length=16)]
 _Prompt = Annotated[str, Field(min_length=1)]
@@ -121,7 +128,7 @@ class Sampling(Shape):
         _Stops | None,
         BeforeValidator(_as_strings, json_schema_input_type=_Word | _Stops | None),
     ] = None
-    n: Literal[1] | None = None
+    n: _One | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -182,6 +189,6 @@ class CompletionRequest(Sampling):
     """Completed as it is, without the chat template."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """So many of the most probable tokens beside each."""
-    echo: Literal[False] | None = None
+    echo: Annotated[Literal[False] | None, BeforeValidator(_as_bool)] = None
     suffix: Literal[""] | None = None
-    best_of: Literal[1] | None = None
+    best_of: _One | None = None

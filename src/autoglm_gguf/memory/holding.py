@@ -211,14 +211,14 @@ class Holding:
         outputs = estimate.output_bytes(text, n_outputs)
         batch = f"{min(params.n_batch, params.n_ctx)} tokens a batch"
         logits = f"{batch}, logits of {n_outputs}"
-        own = (
+        own: list[tuple[str, int, str]] = [
             ("process", self._floor_bytes, "Python and libraries"),
             ("vocabulary", estimate.vocabulary_bytes(text), f"{text.n_vocab} tokens"),
             ("kv_cache", kv_cache - kv_away, cells),
             ("compute", compute + work + outputs, logits),
-        )
+        ]
         if self._reserved_bytes:
-            own += (("reserved", self._reserved_bytes, "for the program's own work"),)
+            own.append(("reserved", self._reserved_bytes, "for the program's own work"))
         # KV cache and compute come after the weights, when what was held for loading has gone.
         later = ("kv_cache", "compute", "reserved")
         items = [Item(name, 0 if name in later else n, n, n, reason) for name, n, reason in own]

@@ -65,7 +65,7 @@ def serve(
 
 
 def _give_back_large_blocks() -> None:
-    """Have glibc return what bodies and screenshots took, which each thread would keep otherwise."""
+    """Have glibc return what bodies and screenshots took, which threads would keep otherwise."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another libc
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

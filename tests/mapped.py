@@ -63,6 +63,11 @@ class MappedFile:
         return which(found & 1)
 
 
+def nearly_all(pages: Any) -> bool:
+    """Whether a span was read in: of pages just read, a system short of memory takes some back."""
+    return bool(pages.mean() > 0.9)
+
+
 @contextmanager
 def open_mapped(path: Path, n_bytes: int) -> Iterator[MappedFile]:
     """Write and map a file of random bytes."""

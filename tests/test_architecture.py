@@ -30,7 +30,7 @@ LEVELS = (
     ("memory", "sampling", "lookup", "annotate"),
     ("hub",),
     ("hub_client", "checkpoint", "prompt", "history", "vision", "actions"),
-    ("stream", "devices", "logprobs"),
+    ("stream", "devices", "logprobs", "turns"),
     ("hub_cache", "native", "gguf"),
     ("config", "messages", "units", "errors", "progress", "programs", "stopping"),
 )

@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import json
 import os
-import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from inspect import GEN_CLOSED, getgeneratorstate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,6 @@ from autoglm_gguf.engine.images import EmbeddingCache
 from autoglm_gguf.errors import (
     ActionParseError,
     ContextFullError,
-    EngineBusyError,
-    EngineError,
     PromptError,
 )
 from autoglm_gguf.generation import Request, Run
@@ -59,12 +57,12 @@ from autoglm_gguf.preparation import Preparation
 from autoglm_gguf.prompt import Prompt
 from autoglm_gguf.sampling import act_options
 from autoglm_gguf.stopping import StopFlag
+from autoglm_gguf.turns import Turn, Turns
 
 if TYPE_CHECKING:
     from autoglm_gguf.saved_session import SavedSession
 
 AUTO_SYSTEM = "auto"
-_WAIT_SECONDS = 0.05  # how often a waiting request looks whether it was cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +143,13 @@ class AutoGLM:
             )
         self._engine = engine
         self._preparation = Preparation(engine, content_format, token_budget)
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._turns = Turns(engine.info.name)
         self._cancel = StopFlag()
         self._embeddings = EmbeddingCache(engine.info.image_cache_tokens)
         self._profit = Profit()
         self._sampling = SamplingParams()  # of the last answer: how much history it leaves room for
         self._open_stream: Callable[[], Generator[Chunk, None, None] | None] = lambda: None
-        self._closing = self._closed = False
+        self._closed = False
 
     @classmethod
     def load(
@@ -420,13 +417,13 @@ class AutoGLM:
         Requests that wait are refused. A stream that another thread is reading is cancelled, and
         this waits until that thread has read its last chunk or dropped it.
         """
-        self._closing = True
+        self._turns.closing = True
         self.cancel()
-        if self._owner == threading.get_ident():
+        if self._turns.is_mine:
             stream = self._open_stream()
             if stream is not None:
                 stream.close()
-        with _Turn(self, closes=True):
+        with self._exclusive(closes=True):
             if not self._closed:
                 self._closed = True
                 self._embeddings.clear()
@@ -459,8 +456,10 @@ class AutoGLM:
         with self._exclusive(stopped):
             return self._preparation.prepare(prompt, params, raw=raw)
 
-    def _exclusive(self, stopped: StopFlag | None = None) -> _Turn:
-        return _Turn(self, stopped)
+    def _exclusive(self, stopped: StopFlag | None = None, *, closes: bool = False) -> Turn:
+        stream = self._open_stream()
+        is_open = stream is not None and getgeneratorstate(stream) != GEN_CLOSED
+        return Turn(self._turns, has_stream=is_open, stopped=stopped, closes=closes)
 
     def _open(self, request: Request, stopped: StopFlag) -> Generator[Chunk, None, None]:
         slot: list[weakref.ref[Generator[Chunk, None, None]]] = []
@@ -481,44 +480,3 @@ class AutoGLM:
                 yield from run.chunks()
             finally:
                 run.close()
-
-
-class _Turn:
-    """Exclusive use of a model's engine for the duration of a ``with`` block.
-
-    Args:
-        model: Whose engine.
-        stopped: Set from outside, it ends the waiting.
-        closes: Of a model that takes no other requests any more.
-    """
-
-    def __init__(
-        self, model: AutoGLM, stopped: StopFlag | None = None, *, closes: bool = False
-    ) -> None:
-        self._model, self._stopped, self._closes = model, stopped, closes
-
-    def __enter__(self) -> None:
-        model = self._model
-        if model._owner == threading.get_ident():
-            raise EngineBusyError(
-                f"{model.info.name}: another stream is open in this thread",
-                hint="read it to its end or close it first",
-            )
-        while not model._lock.acquire(timeout=_WAIT_SECONDS):
-            if self._stopped is not None and self._stopped.is_set():
-                raise EngineBusyError(f"{model.info.name}: cancelled while another answer ran")
-            self._check()
-        try:
-            self._check()
-        except EngineError:
-            model._lock.release()
-            raise
-        model._owner = threading.get_ident()
-
-    def _check(self) -> None:
-        if self._model._closing and not self._closes:
-            raise EngineError("model: closed", hint="load it again")
-
-    def __exit__(self, *_: object) -> None:
-        self._model._owner = None
-        self._model._lock.release()

@@ -115,6 +115,16 @@ def test_chat_show_prints_the_conversation(
     )
 
 
+def test_chat_show_gives_a_loaded_text_no_power_over_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = AutoGLM(FakeEngine(b"yes")).chat()
+    chat.messages.append(Message("user", "\x1b]0;title\x07 微信\n\u3000👍🏽"))
+    chat.save(tmp_path / "a")
+    converse(f"/load {tmp_path / 'a'}", "/show")
+    assert capsys.readouterr().out == "user: \\x1b]0;title\\x07 微信\n\u3000👍🏽\n"
+
+
 def test_chat_mem_shows_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:
     converse("/mem")
     first, *rest = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -141,7 +141,7 @@ class Timings:
     predicted_ms: float = 0.0
     """From the first token to the last, milliseconds."""
     ttft_ms: float = 0.0
-    """From the request to the first token, milliseconds."""
+    """From the request's turn to its first token, milliseconds; reading its images comes before."""
     draft_n: int = 0
     """Tokens guessed from the text so far, and evaluated ahead."""
     draft_n_accepted: int = 0

@@ -30,6 +30,10 @@ _LEFT_ASIDE = (
     *("not", "if", "then", "else"),
 )
 """What narrows a document, and the converter would pass over without a word."""
+_NARROWING = (
+    *("$ref", "oneOf", "anyOf", "allOf", "const", "enum", "pattern", *_TIMES),
+    *("properties", "required", "additionalProperties", "items", "prefixItems"),
+)
 _NAMED = ("properties", "$defs", "definitions")  # their keys are names, their values schemas
 _NESTED = ("items", "prefixItems", "additionalProperties", "oneOf", "anyOf", "allOf")
 
@@ -84,6 +88,7 @@ def _check_schema(schema: object) -> None:
             unseen += part
         if not isinstance(part, dict):
             continue
+        _check_siblings(part)
         for key, value in part.items():
             if key in _LEFT_ASIDE and value is not False:
                 raise _UnfollowedError(
@@ -99,6 +104,38 @@ def _check_schema(schema: object) -> None:
                 unseen += value.values()
             elif key in _NESTED:
                 unseen.append(value)
+
+
+def _check_siblings(part: dict[str, Any]) -> None:
+    """Refuse a keyword beside another for whose sake the converter does not look at it."""
+    followed = _followed(part)
+    for key in _NARROWING:
+        if key in part and part[key] and part[key] is not True and key not in followed:
+            beside = f" beside {followed[0]!r}" if followed and followed[0] in part else ""
+            raise _UnfollowedError(f"{key!r}{beside} is not kept to; leave it out, or put it apart")
+
+
+def _followed(part: dict[str, Any]) -> tuple[str, ...]:
+    """The keywords that the converter goes by, in its order."""
+    for key in ("$ref", "oneOf", "anyOf"):
+        if key in part:
+            return (key,)
+    if isinstance(part.get("type"), list):
+        return ("type",)
+    for key in ("const", "enum"):
+        if key in part:
+            return (key,)
+    if "properties" in part or part.get("additionalProperties", True) is not True:
+        return ("properties", "required", "additionalProperties")
+    if "allOf" in part:
+        return ("allOf",)
+    items = part.get("items") or part.get("prefixItems")
+    if items:
+        name = "items" if part.get("items") else "prefixItems"
+        n_items = len(items) if isinstance(items, list) else None  # of a tuple, its length says it
+        bounds = [key for key in _TIMES[2:] if n_items is None or part.get(key) == n_items]
+        return (name, *bounds)
+    return ("pattern",) if "pattern" in part else _TIMES[:2]
 
 
 class GrammarState:

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from serving import CHAT, ask, fake_app
+from serving import CHAT, ask, chat, fake_app
 
 from autoglm_gguf import AutoGLMError, EngineError, ImageError, errors
 from autoglm_gguf.server.errors import HTTP_STATUS, ApiError, as_api_error, as_bad_request
@@ -112,6 +112,12 @@ def test_path_that_is_none_is_not_found_by_any_method(method: str, path: str) ->
     told = answer.json()["error"]
     assert (answer.status_code, told["code"]) == (404, "not_found")
     assert "/v1/chat/completions" in told["hint"]
+
+
+def test_fault_in_a_part_of_a_message_is_named_as_the_client_wrote_it() -> None:
+    broken = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": 5}}]
+    told = chat(fake_app(), messages=[{"role": "user", "content": broken}]).json()["error"]
+    assert told["param"] == "messages.0.content.1.image_url.url"
 
 
 def test_path_that_takes_other_methods_says_so() -> None:

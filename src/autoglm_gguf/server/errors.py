@@ -147,4 +147,6 @@ def unsupported(param: str, why: str, hint: str = "") -> ApiError:
 
 
 def _dotted(place: tuple[int | str, ...]) -> str:
+    if place[2:3] == ("content",):  # pydantic names the part's type after its number
+        place = (*place[:4], *place[5:])
     return ".".join(map(str, place)) or "body"

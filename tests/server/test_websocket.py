@@ -378,8 +378,10 @@ def test_connection_that_sends_no_key_is_closed(monkeypatch: pytest.MonkeyPatch)
 def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websocket, "MAX_SOCKETS", 1)
     with served() as (url, service):
-        with opened(url), pytest.raises(InvalidStatus), dialled(url):
+        with opened(url), pytest.raises(InvalidStatus) as refused, dialled(url):
             pass
+        assert refused.value.response.status_code == 429
+        assert "retry-after" in refused.value.response.headers
         wait_until(lambda: service.n_sockets == 0)
         with opened(url):
             pass

@@ -43,7 +43,7 @@ _AUTH_S = 10.0  # a key must come within this time, seconds
 _AUTH_CHARS = 4096
 _MAX_FAULTS = 20  # frames that make no sense, before the connection is closed
 _SLOW_CHARS = 32_768  # larger frames are read in a thread
-_POLICY, _TOO_BIG, _TRY_LATER = 1008, 1009, 1013  # close codes, RFC 6455
+_POLICY, _TOO_BIG = 1008, 1009  # close codes, RFC 6455
 _Shape = TypeVar("_Shape", bound=Shape)
 _CANCELLED = ApiError(499, "cancelled", "cancelled by the client")
 
@@ -62,7 +62,13 @@ async def generate(socket: WebSocket) -> None:
     """Serve one connection until it ends."""
     service: Service = socket.app.state.service
     if service.n_sockets >= MAX_SOCKETS:
-        await socket.close(_TRY_LATER)
+        full = ApiError(
+            429,
+            "rate_limit_exceeded",
+            f"too many WebSockets are open ({MAX_SOCKETS})",
+            retry_after_s=5,
+        )
+        await socket.send_denial_response(full.response())
         return
     service.n_sockets += 1
     connection = _Connection(socket, service)

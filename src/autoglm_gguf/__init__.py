@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from autoglm_gguf.actions import Action, parse_answer
     from autoglm_gguf.config import ContextParams, SamplingParams, TokenBudget
     from autoglm_gguf.conversation import ChatSession
+    from autoglm_gguf.conversion.fit import Fit
     from autoglm_gguf.conversion.pipeline import ModelPair, convert
     from autoglm_gguf.embedded import default_pair
     from autoglm_gguf.errors import (
@@ -65,6 +66,7 @@ _HOMES = {
     "actions": ("Action", "parse_answer"),
     "config": ("ContextParams", "SamplingParams", "TokenBudget"),
     "conversation": ("ChatSession",),
+    "conversion.fit": ("Fit",),
     "conversion.pipeline": ("ModelPair", "convert"),
     "embedded": ("default_pair",),
     "errors": (
@@ -125,6 +127,7 @@ __all__ = [
     "DoesNotFitError",
     "EngineBusyError",
     "EngineError",
+    "Fit",
     "GGUFError",
     "Header",
     "HubError",

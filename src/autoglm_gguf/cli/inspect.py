@@ -61,10 +61,20 @@ def summarize(header: Header) -> dict[str, Any]:
         "projector": header.metadata.get(names.PROJECTOR_TYPE),
         "n_tokens": len(tokens) if isinstance(tokens, list) else None,
         "chat_template": names.CHAT_TEMPLATE in header.metadata if tokens else None,
+        "fit": _fit(header) or None,
         "weights_by_type": _by_type(header),
         "groups": _groups(header),
     }
     return {key: value for key, value in summary.items() if value is not None}
+
+
+def _fit(header: Header) -> dict[str, Any]:
+    """What the types were chosen for, if they were."""
+    return {
+        key.removeprefix(names.FIT_PREFIX): value
+        for key, value in header.metadata.items()
+        if key.startswith(names.FIT_PREFIX)
+    }
 
 
 def _by_type(header: Header) -> dict[str, dict[str, int]]:
@@ -132,6 +142,8 @@ def _text(value: Any) -> str:
         return "; ".join(map(str, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, int) and value >= 10**6:
         return f"{value:,}"
     return str(value)

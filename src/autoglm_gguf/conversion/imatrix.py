@@ -7,7 +7,7 @@ common/imatrix-loader.cpp and tools/quantize/quantize.cpp (normalisation).
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,20 @@ class Imatrix:
     path: Path
     columns: Mapping[str, NDArray[np.float32]]
     """``(n_per_row,)`` each."""
+
+    def check_names(self, known: Iterable[str]) -> None:
+        """Refuse a file with tensors that the model does not have.
+
+        Raises:
+            GGUFError: It was made for another model.
+        """
+        foreign = sorted(set(self.columns) - set(known))
+        if foreign:
+            raise GGUFError(
+                f"{self.path.name}: made for another model (it has tensor {foreign[0]!r}, "
+                "this model has not)",
+                hint="give the importance matrix of this model",
+            )
 
     def weights(self, name: str, n_per_row: int, *, padded_from: int) -> NDArray[np.float32] | None:
         """The importance of a tensor's columns; None if the file does not have the tensor.

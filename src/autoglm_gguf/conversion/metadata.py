@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import gguf
@@ -19,6 +20,7 @@ from autoglm_gguf.checkpoint.tokenizer import Vocabulary
 from autoglm_gguf.conversion.recipe import Outtype
 from autoglm_gguf.conversion.tensors import OutTensor
 from autoglm_gguf.gguf import names
+from autoglm_gguf.gguf.header import Header, read_header
 
 logger = logging.getLogger(__name__)
 _QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
@@ -32,8 +34,9 @@ def write_text_header(
     vocabulary: Vocabulary,
     outtype: Outtype,
     tensors: list[OutTensor],
+    more: Mapping[str, int | float | str] | None = None,
 ) -> None:
-    """Write the text GGUF up to its tensor table."""
+    """Write the text GGUF up to its tensor table; ``more`` are further keys."""
     text = config.text
     with _writer(path, config.gguf_architecture, name, fingerprint, outtype, tensors) as writer:
         writer.add_type("model")
@@ -52,6 +55,13 @@ def write_text_header(
         if text.rope.mrope_section is not None:
             writer.add_rope_dimension_sections([*text.rope.mrope_section, 0])
         _add_vocabulary(writer, config, vocabulary)
+        for key, value in (more or {}).items():
+            if isinstance(value, str):
+                writer.add_string(key, value)
+            elif isinstance(value, float):
+                writer.add_float32(key, value)
+            else:
+                writer.add_uint64(key, value)
 
 
 def write_mmproj_header(
@@ -85,6 +95,18 @@ def write_mmproj_header(
         writer.add_uint64(names.MIN_PIXELS, image.min_pixels)
         writer.add_uint64(names.MAX_PIXELS, image.max_pixels)
         writer.add_uint32(names.MERGE_SIZE, vision.spatial_merge_size)
+
+
+def read_back(write: Callable[[Path, list[OutTensor]], None]) -> Header:
+    """The keys that a file will have, without any tensor; nothing stays on the disk.
+
+    Args:
+        write: Writes the header of a file with these tensors.
+    """
+    with tempfile.TemporaryDirectory(prefix="autoglm-gguf-") as directory:
+        path = Path(directory) / "keys.gguf"
+        write(path, [])
+        return read_header(path)
 
 
 def _ffn_width(tensors: list[OutTensor], published: int) -> int:

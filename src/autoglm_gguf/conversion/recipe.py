@@ -9,8 +9,8 @@ is no multiple of the block falls back to a type with smaller blocks, then to f1
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from autoglm_gguf.conversion.imatrix import Imatrix
 from autoglm_gguf.errors import ConversionError
@@ -98,11 +98,15 @@ class Recipe:
         outtype: For every matrix that no exception names.
         overrides: ``(pattern, type)``; the first pattern found in a tensor's name wins.
         imatrix: Weighs the quantisation error by column.
+        chosen: Types of single tensors, by name; they come before the exceptions.
+        search: Encode with a search over scales, see ``encode``.
     """
 
     outtype: Outtype
     overrides: tuple[tuple[re.Pattern[str], GGMLType], ...] = ()
     imatrix: Imatrix | None = None
+    chosen: Mapping[str, GGMLType] = field(default_factory=dict)
+    search: bool = False
 
     def choose(self, name: str, shape: tuple[int, ...]) -> GGMLType:
         """The type of one tensor.
@@ -123,16 +127,22 @@ class Recipe:
             wanted = _FALLBACK.get(wanted, GGMLType.F16)
             if shape[-1] % block_size(wanted):
                 wanted = GGMLType.F16
-        weighed = self.imatrix is not None and name in self.imatrix.columns
-        if wanted in _NEEDS_IMATRIX and name not in _EMBEDDINGS and not weighed:
+        if self.lacks_imatrix(name, wanted):
             raise ConversionError(
                 f"{name}: {wanted.name} needs an importance matrix",
                 hint="give --imatrix FILE (from llama-imatrix), or take iq3_s",
             )
         return wanted
 
+    def lacks_imatrix(self, name: str, ggml_type: GGMLType) -> bool:
+        """Whether a type may not be had for want of an importance matrix."""
+        weighed = self.imatrix is not None and name in self.imatrix.columns
+        return ggml_type in _NEEDS_IMATRIX and name not in _EMBEDDINGS and not weighed
+
     def wanted(self, name: str) -> GGMLType:
         """The type asked for, before the shape is looked at."""
+        if name in self.chosen:
+            return self.chosen[name]
         for pattern, ggml_type in self.overrides:
             if pattern.search(name):
                 return ggml_type

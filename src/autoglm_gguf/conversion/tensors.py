@@ -47,6 +47,8 @@ class OutTensor:
     keeps the order."""
     imatrix: NDArray[np.float32] | None = None
     """``(n_per_row,)``, the importance of each column."""
+    search: bool = False
+    """Encode with a search over scales."""
 
     @property
     def n_per_row(self) -> int:
@@ -61,15 +63,26 @@ class OutTensor:
     @property
     def n_bytes(self) -> int:
         """Bytes in the file."""
-        return self.n_rows * row_bytes(self.ggml_type, self.n_per_row)
+        return self.n_bytes_as(self.ggml_type)
+
+    def n_bytes_as(self, ggml_type: GGMLType) -> int:
+        """Bytes in the file if it had another type."""
+        return self.n_rows * row_bytes(ggml_type, self.n_per_row)
 
     def rows(self, first: int, last: int) -> NDArray[Any]:
         """Rows ``first`` to ``last`` of the output as the source's words, C-contiguous."""
+        return self._gather(slice(first, last))
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Some rows of the output, as `rows` gives them."""
+        return self._gather(rows)
+
+    def _gather(self, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
         table = self.load()
         if self.row_order is None:
-            block = table[first:last]
+            block = table[rows]
         else:
-            order = self.row_order[first:last]
+            order = self.row_order[rows]
             block = table[order]
             block[order == ZERO_ROW] = 0
         missing = self.n_per_row - block.shape[1]
@@ -199,7 +212,7 @@ def _plan(
     weights = None
     if recipe.imatrix is not None:
         weights = recipe.imatrix.weights(spec.name, shape[-1], padded_from=spec.shape[-1])
-    return OutTensor(spec.name, shape, kind, tensor, load, order, weights)
+    return OutTensor(spec.name, shape, kind, tensor, load, order, weights, recipe.search)
 
 
 def _patch_kernels(

@@ -18,10 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from autoglm_gguf.conversion.encode import encode
 from autoglm_gguf.conversion.tensors import OutTensor
 from autoglm_gguf.errors import CheckpointError, ConversionError
 from autoglm_gguf.gguf.header import DEFAULT_ALIGNMENT
-from autoglm_gguf.native.ggml import GGMLType, quantize, row_bytes, to_float32
+from autoglm_gguf.native.ggml import GGMLType, row_bytes, to_float32
 from autoglm_gguf.progress import OnProgress, Progress
 
 _BLOCK_ELEMENTS = 1 << 21  # 8 MiB of f32 per thread
@@ -149,7 +150,7 @@ def _jobs(tensors: list[OutTensor], start: int) -> Iterator[tuple[OutTensor, int
 def _convert_rows(tensor: OutTensor, first: int, last: int) -> NDArray[np.uint8]:
     block = tensor.rows(first, last)
     source = tensor.source
-    _check_finite(tensor, block)
+    check_finite(tensor, block)
     if source.ggml_type == tensor.ggml_type:
         return block.view(np.uint8)
     values = to_float32(block, source.ggml_type)
@@ -158,11 +159,15 @@ def _convert_rows(tensor: OutTensor, first: int, last: int) -> NDArray[np.uint8]
             f"checkpoint: tensor {source.name!r} holds values beyond f16's {_F16_MAX:g}",
             hint="convert to bf16, or to a quantised type",
         )
-    return quantize(values, tensor.ggml_type, tensor.imatrix)
+    return encode(values, tensor.ggml_type, tensor.imatrix, search=tensor.search)
 
 
-def _check_finite(tensor: OutTensor, block: NDArray[Any]) -> None:
-    """Infinity and NaN have all exponent bits set, in each of the three formats."""
+def check_finite(tensor: OutTensor, block: NDArray[Any]) -> None:
+    """Refuse rows that hold infinity or NaN: all exponent bits set, in each of the formats.
+
+    Raises:
+        CheckpointError: They do.
+    """
     bits = block.view(np.uint32) if block.dtype.itemsize == 4 else block
     magnitude, exponent = _EXPONENTS[tensor.source.ggml_type]
     if int((bits & bits.dtype.type(magnitude)).max()) >= exponent:

@@ -49,7 +49,7 @@ _TOWER_TENSORS = (
 _MAX_MERGE_SIZE = 16
 _MOST_PIXELS = 2**28
 """Above this a lower limit would blow every screenshot up to gigabytes."""
-_TYPE_SUFFIX = re.compile(r"(.+)-(b?f16|f32|i?q\d\w*|tq\d\w*|mxfp4\w*)")
+_TYPE_SUFFIX = re.compile(r"(.+)-(b?f16|f32|i?q\d\w*|tq\d\w*|mxfp4\w*|fit_\d+[gmk]?b)")
 _TEMPLATE_TOKENS = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -97,8 +97,18 @@ def describe_pair(text: Path, mmproj: Path | None) -> ModelDescription:
         PairMismatchError: Both are sound but do not belong together.
     """
     header = read_header(text)
+    _check_text(header)  # before the second file is looked for
+    return describe_headers(header, None if mmproj is None else read_header(mmproj))
+
+
+def describe_headers(header: Header, tower: Header | None) -> ModelDescription:
+    """Check a text GGUF's header and its mmproj's, also of files that are yet to be written.
+
+    Raises:
+        GGUFError: A file is of another kind, or lacks what is needed.
+        PairMismatchError: Both are sound but do not belong together.
+    """
     _check_text(header)
-    tower = None if mmproj is None else read_header(mmproj)
     if tower is not None:
         _check_mmproj(header, tower)
     notes: list[str] = []

@@ -32,6 +32,9 @@ MERGE_SIZE = "autoglm.vision.spatial_merge_size"
 SOURCE_ID = "autoglm.source_fingerprint"
 """The same value in both files of a pair made from one checkpoint."""
 
+FIT_PREFIX = "autoglm.fit."
+"""What a fit chose and for which limit; `conversion.fitting.FitReport` lists the keys."""
+
 MMPROJ_PREFIX = "mmproj-"
 TEXT_ARCHITECTURES = ("glm4", "chatglm")
 PROJECTOR_GLM4V = "glm4v"

@@ -1,0 +1,169 @@
+"""What a fit buys: KL divergence and hit rate of fitted files beside every uniform type.
+
+    python benchmarks/fit.py [--transcripts 120] [--screens 50] [--out FILE.json]
+
+Converts models/autoglm-tiny, and measures on its held-out instructions and held-out drawn screens
+against its own f32 file; the importance matrix comes from training instructions and training screens.
+A budget is a uniform type's own size, so that the fitted file competes with that type and with every
+other one up to 5 % larger. Prints Markdown tables; needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "models/autoglm-tiny")]
+import instructions
+
+from autoglm_gguf import AutoGLM, Fit, convert
+from autoglm_gguf.conversion.recipe import OUTTYPES
+from autoglm_gguf.evaluate.actions import evaluate_actions
+from autoglm_gguf.evaluate.calibration import calibrate
+from autoglm_gguf.evaluate.passages import Corpus
+from autoglm_gguf.evaluate.perplexity import evaluate_divergence, evaluate_perplexity
+from autoglm_gguf.evaluate.screens import draw_screen, held_out_tasks, training_tasks
+
+CHECKPOINT = ROOT / "models/autoglm-tiny"
+TRAINING_SEED = 77
+UNIFORM = [name for name in OUTTYPES if name not in ("f32", "f16", "bf16")]
+RUN = {"memory_budget": "none", "n_gpu_layers": 0}
+
+
+def held_out(n: int, n_screens: int) -> list[list[dict[str, Any]]]:
+    """Requests with their right answers, none of them in the training space."""
+    found = instructions.held_out()
+    rows = [
+        [*one["messages"], {"role": "assistant", "content": one["answer"]}]
+        for one in found[:: max(1, len(found) // max(1, n))][:n]
+    ]
+    return rows + [seen(task) for task in held_out_tasks(n_screens)]
+
+
+def training(n: int, n_screens: int) -> list[list[dict[str, Any]]]:
+    """The same kinds from the training space."""
+    generator = instructions.Generator(TRAINING_SEED)
+    samples = (generator.training_sample() for _ in range(n))
+    rows = [[*s.messages, {"role": "assistant", "content": s.step.answer}] for s in samples]
+    return rows + [seen(t) for t in itertools.islice(training_tasks(TRAINING_SEED), n_screens)]
+
+
+def seen(task: Any) -> list[dict[str, Any]]:
+    """A drawn screen, what is asked, and the right answer."""
+    parts = [
+        {"type": "image", "image": draw_screen(task.screen)},
+        {"type": "text", "text": task.text},
+    ]
+    x, y = task.action.element
+    answer = instructions.tap_answer(task.language, x, y)
+    return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+
+
+class Bench:
+    """Files of one folder, each measured once."""
+
+    def __init__(self, work: Path, n: int, n_screens: int) -> None:
+        self._work, self._n_screens = work, n_screens
+        self._corpus = Corpus(held_out(n, n_screens))
+        exact = convert(CHECKPOINT, work, "f32")
+        self.mmproj = exact.mmproj
+        self._base = work / "f32.base"
+        evaluate_perplexity(exact.text, self._corpus, save_base=self._base, mmproj=self.mmproj, **RUN)
+        self.imatrix = work / "imatrix.gguf"
+        calibration = Corpus(training(n, n_screens))
+        calibrate(
+            exact.text, calibration, self.imatrix, process_output=True, mmproj=self.mmproj, **RUN
+        )
+
+    def measure(self, text: Path) -> dict[str, Any]:
+        """Size, KL divergence from the f32 file, and hits; the f32 tower is everybody's."""
+        found = evaluate_divergence(text, self._base, self._corpus, mmproj=self.mmproj, **RUN)
+        with AutoGLM.load(text, mmproj=self.mmproj, **RUN) as model:
+            report = evaluate_actions(model, n=self._n_screens, max_image_tokens=(72,))
+        return {
+            "n_bytes": text.stat().st_size,
+            "kl": found.kl_divergence.mean.value,
+            "kl_error": found.kl_divergence.mean.error,
+            "same_top": found.same_top.value,
+            "hits": report.sizes[0].ours.hit_rate,
+        }
+
+    def uniform(self, outtype: str, imatrix: bool) -> dict[str, Any] | None:
+        """One type for all matrices."""
+        if outtype == "iq3_xxs" and not imatrix:
+            return None  # it needs one
+        given = self.imatrix if imatrix else None
+        pair = convert(CHECKPOINT, self._work / "u", outtype, imatrix=given, mmproj_outtype="f32")
+        return {"name": outtype, "imatrix": imatrix, **self.measure(pair.text)}
+
+    def fitted(self, n_bytes: int, imatrix: bool, prefer: str) -> dict[str, Any]:
+        """A mix of types within a size."""
+        given = self.imatrix if imatrix else None
+        fit = Fit(weights=n_bytes, prefer=prefer)  # type: ignore[arg-type]
+        pair = convert(CHECKPOINT, self._work / "f", fit=fit, imatrix=given, mmproj_outtype="f32")
+        assert pair.fit is not None
+        found = {"name": f"fit, {prefer}", "imatrix": imatrix, **self.measure(pair.text)}
+        return found | {
+            "estimated": pair.fit.estimated_error,
+            "types": dict(pair.fit.types),
+            "limit": n_bytes,
+        }
+
+
+def print_row(row: dict[str, Any], note: str = "") -> None:
+    cells = (
+        row["name"],
+        "yes" if row["imatrix"] else "no",
+        f"{row['n_bytes'] / 1e6:.3f}",
+        f"{row['kl']:.4f} ± {row['kl_error']:.4f}",
+        f"{row['same_top']:.1%}",
+        f"{row['hits']:.0%}",
+        note,
+    )
+    print("|", " | ".join(cells), "|", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--transcripts", type=int, default=120)
+    parser.add_argument("--screens", type=int, default=50)
+    parser.add_argument("--budgets", default="q2_K,q3_K,q4_0,q5_0,q6_K", help="types whose sizes")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(Path(directory), arguments.transcripts, arguments.screens)
+        print("| type | imatrix | MB | KL divergence | same top | hits | beats |")
+        print("|---|---|---|---|---|---|---|")
+        for imatrix, outtype in itertools.product((False, True), UNIFORM):
+            if (row := bench.uniform(outtype, imatrix)) is not None:
+                rows.append(row)
+                print_row(row)
+        sizes = {row["name"]: row["n_bytes"] for row in rows}
+        for outtype, prefer, imatrix in itertools.product(
+            arguments.budgets.split(","), ("quality", "speed"), (False, True)
+        ):
+            row = bench.fitted(sizes[outtype], imatrix, prefer)
+            rivals = [
+                other
+                for other in rows
+                if other["name"] in OUTTYPES
+                and other["imatrix"] == imatrix
+                and 1 <= other["n_bytes"] / row["limit"] <= 1.05
+            ]
+            beaten = [other["name"] for other in rivals if row["kl"] < other["kl"]]
+            lost = [other["name"] for other in rivals if row["kl"] >= other["kl"]]
+            rows.append(row)
+            print_row(row, ", ".join(beaten) + (f"; not {', '.join(lost)}" if lost else ""))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

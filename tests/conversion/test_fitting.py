@@ -1,0 +1,190 @@
+"""`convert` with a limit, end to end on small checkpoints: kept, told, refused."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import Shape, build_checkpoint
+
+from autoglm_gguf import (
+    ConversionError,
+    DoesNotFitError,
+    Fit,
+    GGUFError,
+    ModelPair,
+    convert,
+    plan_memory,
+    read_header,
+)
+from autoglm_gguf.conversion.limits import HELD_BYTES
+from autoglm_gguf.gguf.describe import describe_pair, find_mmproj
+from autoglm_gguf.memory.plan import plan_pair
+
+pytestmark = pytest.mark.native
+
+# 672 = 2.6 x 256, as autoglm-tiny: 256-block types need padding.
+SHAPE = Shape(
+    hidden_size=256, n_heads=4, head_dim=64, intermediate_size=672, mrope_section=(4, 6, 6)
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("fit") / "small", SHAPE)
+
+
+@pytest.fixture(scope="module")
+def q8_0_bytes(source: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    return convert(source, tmp_path_factory.mktemp("q8_0")).text.stat().st_size
+
+
+def fitted(source: Path, outdir: Path, fit: Fit, **more: object) -> ModelPair:
+    return convert(source, outdir, fit=fit, n_threads=2, **more)  # type: ignore[arg-type]
+
+
+def write_imatrix(path: Path, columns: dict[str, int]) -> Path:
+    """llama.cpp's legacy format, seeded values."""
+    rng = np.random.default_rng(2)
+    data = struct.pack("<i", len(columns))
+    for name, n in columns.items():
+        data += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 1, n)
+        data += rng.exponential(1.0, n).astype("<f4").tobytes()
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("share", [0.62, 0.8, 1.1, 3.0])
+def test_text_file_is_no_larger_than_asked_and_little_smaller(
+    source: Path, q8_0_bytes: int, tmp_path: Path, share: float
+) -> None:
+    limit = int(share * q8_0_bytes)
+    pair = fitted(source, tmp_path, Fit(weights=limit))
+    n_bytes = pair.text.stat().st_size
+    assert n_bytes <= limit
+    if share < 1:
+        assert n_bytes > 0.95 * limit
+    header = read_header(pair.text)
+    assert header.metadata["autoglm.fit.limit"] == "text file"
+    assert header.metadata["autoglm.fit.limit_bytes"] == limit
+    assert find_mmproj(pair.text) == pair.mmproj
+
+
+def test_more_bytes_are_less_error(source: Path, q8_0_bytes: int, tmp_path: Path) -> None:
+    errors = []
+    for share in (0.65, 0.8, 0.95):
+        report = fitted(source, tmp_path, Fit(weights=int(share * q8_0_bytes))).fit
+        assert report is not None and report.gap < 0.3
+        errors.append(report.estimated_error)
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_run_keeps_within_the_budget_as_planned(source: Path, tmp_path: Path) -> None:
+    fit = Fit(budget="160MB", n_ctx=512, image_tokens=64)
+    pair = fitted(source, tmp_path, fit)
+    assert pair.fit is not None and pair.fit.plan is not None
+    plan = plan_pair(
+        describe_pair(pair.text, pair.mmproj),
+        fit.context(),
+        fit.limit_bytes,
+        fixed=frozenset(("n_ctx", "max_image_tokens", "n_gpu_layers")),
+        held_bytes=HELD_BYTES,
+    )
+    assert plan.weights != "streamed"
+    assert plan.peak_bytes == pair.fit.plan.peak_bytes <= 160_000_000
+    assert read_header(pair.text).metadata["autoglm.fit.planned_peak_bytes"] == plan.peak_bytes
+
+
+def test_fit_is_the_same_every_time(source: Path, q8_0_bytes: int, tmp_path: Path) -> None:
+    fit = Fit(weights=int(0.7 * q8_0_bytes))
+    first = fitted(source, tmp_path / "a", fit).text.read_bytes()
+    assert fitted(source, tmp_path / "b", fit).text.read_bytes() == first
+
+
+def test_fit_weighs_with_the_importance_matrix(
+    source: Path, q8_0_bytes: int, tmp_path: Path
+) -> None:
+    imatrix = write_imatrix(tmp_path / "im.dat", {"blk.0.ffn_up.weight": 256})
+    pair = fitted(source, tmp_path, Fit(weights=int(0.7 * q8_0_bytes)), imatrix=imatrix)
+    assert read_header(pair.text).metadata["autoglm.fit.imatrix"] == "im.dat"
+
+
+def test_exception_is_kept(source: Path, q8_0_bytes: int, tmp_path: Path) -> None:
+    fit = Fit(weights=int(0.8 * q8_0_bytes))
+    pair = fitted(source, tmp_path, fit, tensor_types=["ffn_down=q5_1"])
+    tensors = read_header(pair.text).tensors
+    assert tensors["blk.1.ffn_down.weight"].type_name == "Q5_1"
+
+
+def test_padded_width_is_written_where_a_type_asks_for_it(
+    source: Path, q8_0_bytes: int, tmp_path: Path
+) -> None:
+    fit = Fit(weights=int(0.8 * q8_0_bytes))
+    pair = fitted(source, tmp_path, fit, tensor_types=["ffn_down=q3_K"])
+    assert read_header(pair.text).metadata["glm4.feed_forward_length"] == 768
+
+
+# --- refusals: one error, nothing written ---
+
+
+def refuse(source: Path, outdir: Path, kind: type[Exception], message: str, **given: object) -> str:
+    with pytest.raises(kind, match=message) as refused:
+        convert(source, outdir, **given)  # type: ignore[arg-type]
+    assert not outdir.exists() or not any(outdir.iterdir())
+    return str(refused.value)
+
+
+def test_file_that_no_mix_is_small_enough_for(
+    source: Path, q8_0_bytes: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DoesNotFitError, match="no mix of types fits the text file") as refused:
+        convert(source, out, fit=Fit(weights=1_000_000))
+    assert not out.exists()
+    least = refused.value.required_bytes
+    assert 1_000_000 < least < q8_0_bytes
+    assert f"--fit-weights {least}" in str(refused.value)
+    assert fitted(source, out, Fit(weights=least)).text.stat().st_size <= least
+
+
+def test_run_that_no_mix_is_small_enough_for(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fit = Fit(budget="130MB", n_ctx=512, image_tokens=64)
+    with pytest.raises(DoesNotFitError, match="no mix of types fits a run") as refused:
+        convert(source, out, fit=fit)
+    assert not out.exists()
+    least = refused.value.required_bytes
+    pair = fitted(source, out, Fit(budget=least, n_ctx=512, image_tokens=64))
+    assert pair.fit is not None and pair.fit.plan is not None
+    assert pair.fit.plan.peak_bytes <= least
+
+
+@pytest.mark.parametrize(
+    "columns", [{"blk.0.ffn_up.weight": 128}, {"blk.77.ffn_up.weight": 256}], ids=["width", "layer"]
+)
+def test_imatrix_of_another_model(source: Path, tmp_path: Path, columns: dict[str, int]) -> None:
+    imatrix = write_imatrix(tmp_path / "other.dat", columns)
+    fit = Fit(weights="100MB")
+    refuse(source, tmp_path / "out", GGUFError, "another model", fit=fit, imatrix=imatrix)
+
+
+def test_type_that_the_backend_lacks(source: Path, tmp_path: Path) -> None:
+    fit = Fit(weights="100MB", backend="hexagon")
+    message = "hexagon cannot multiply with Q3_K"
+    given = {"fit": fit, "tensor_types": ["ffn_up=q3_K"]}
+    refuse(source, tmp_path / "out", ConversionError, message, **given)
+
+
+def test_outtype_beside_a_fit(source: Path, tmp_path: Path) -> None:
+    fit = Fit(weights="100MB")
+    refuse(source, tmp_path / "out", ValueError, "beside a fit", fit=fit, outtype="q4_0")
+
+
+def test_plan_of_a_fitted_pair_streams_nothing(source: Path, tmp_path: Path) -> None:
+    pair = fitted(source, tmp_path, Fit(budget="400MB", n_ctx=512, image_tokens=64))
+    plan = plan_memory(
+        pair.text, memory_budget="400MB", n_ctx=512, max_image_tokens=64, n_gpu_layers=0
+    )
+    assert plan.weights != "streamed"

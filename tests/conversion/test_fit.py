@@ -83,8 +83,10 @@ def test_fit_has_a_label_that_says_its_limit(fit: Fit, label: str) -> None:
     [
         ({}, "either the budget of the run or"),
         ({"budget": "4GB", "weights": "3GB"}, "either the budget of the run or"),
-        ({"budget": "none"}, "none is no size"),
+        ({"budget": "none"}, "no size"),
         ({"budget": "4 bananas"}, "4 bananas"),
+        ({"weights": "none"}, "'none': not a size"),
+        ({"weights": -1}, "no size"),
         ({"budget": "4GB", "n_ctx": 0}, "n_ctx 0"),
         ({"budget": "4GB", "image_tokens": 3}, "max_image_tokens 3"),
         ({"budget": "4GB", "prefer": "beauty"}, "prefer 'beauty'"),

@@ -141,10 +141,10 @@ def test_file_that_no_mix_is_small_enough_for(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(DoesNotFitError, match="no mix of types fits the text file") as refused:
-        convert(source, out, fit=Fit(weights=1_000_000))
+        convert(source, out, fit=Fit(weights=300_000))
     assert not out.exists()
     least = refused.value.required_bytes
-    assert 1_000_000 < least < q8_0_bytes
+    assert 300_000 < least < q8_0_bytes
     assert f"--fit-weights {least}" in str(refused.value)
     assert fitted(source, out, Fit(weights=least)).text.stat().st_size <= least
 

@@ -133,7 +133,9 @@ class _Best:
         """``(n_blocks, 32)``; the importance repeats with every row."""
         if self._imatrix is None:
             return None
-        return self._imatrix[np.arange(span.start, span.stop) % len(self._imatrix)]
+        places = np.arange(span.start, span.stop) % len(self._imatrix)
+        found: NDArray[np.float32] = self._imatrix[places]
+        return found
 
     def _measure(self, span: slice, decoded: NDArray[np.float32]) -> NDArray[np.float32]:
         off = self._values[span] - decoded
@@ -161,7 +163,8 @@ def _least_squares(
     weighted = levels if weights is None else levels * weights
     over = np.einsum("ij,ij->i", weighted, values)
     under = np.einsum("ij,ij->i", weighted, levels)
-    return np.divide(over, under, out=np.zeros_like(over), where=under > 0).astype(np.float16)
+    scale: NDArray[np.float32] = np.divide(over, under, out=np.zeros_like(over), where=under > 0)
+    return scale.astype(np.float16)
 
 
 def _pack(

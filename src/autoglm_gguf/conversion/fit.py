@@ -21,6 +21,7 @@ from autoglm_gguf.conversion.tensors import OutTensor
 from autoglm_gguf.errors import ConversionError
 from autoglm_gguf.memory.budget import Budget, parse_budget
 from autoglm_gguf.native.ggml import GGMLType, block_size
+from autoglm_gguf.units import parse_bytes
 
 Prefer: TypeAlias = Literal["quality", "speed"]
 PREFERENCES: tuple[Prefer, ...] = ("quality", "speed")
@@ -37,13 +38,13 @@ class Fit:
 
     Raises:
         ValueError: Neither or both of budget and weights are given, or a value is out of range.
-        TypeError: A size that is neither a number of bytes nor text.
+        TypeError: A budget that is neither a number of bytes nor text.
     """
 
     budget: Budget = None
     """Of the whole run, as ``memory_budget`` of `plan_memory`: bytes, ``"4GB"``, ``"4GiB"``."""
-    weights: Budget = None
-    """Of the text file alone, its header included; in the same words."""
+    weights: int | str | None = None
+    """Of the text file alone, its header included; bytes, ``"3.3GB"``, ``"3GiB"``."""
     n_ctx: int = 4096
     """KV cells of the run."""
     image_tokens: int = 1024
@@ -62,12 +63,14 @@ class Fit:
             raise ValueError(f"backend {self.backend!r}: not one of {', '.join(BACKEND_TYPES)}")
         self.context()
         if self.limit_bytes <= 0:
-            raise ValueError("fit: none is no size (write for example 4GB)")
+            raise ValueError("fit: no size (write for example 4GB)")
 
     @property
     def limit_bytes(self) -> int:
         """The size, of the run or of the text file."""
-        return parse_budget(self.budget if self.weights is None else self.weights) or 0
+        if self.weights is None:
+            return parse_budget(self.budget) or 0
+        return parse_bytes(self.weights) if isinstance(self.weights, str) else self.weights
 
     @property
     def option(self) -> str:

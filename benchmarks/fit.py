@@ -74,7 +74,9 @@ class Bench:
         exact = convert(CHECKPOINT, work, "f32")
         self.mmproj = exact.mmproj
         self._base = work / "f32.base"
-        evaluate_perplexity(exact.text, self._corpus, save_base=self._base, mmproj=self.mmproj, **RUN)
+        evaluate_perplexity(
+            exact.text, self._corpus, save_base=self._base, mmproj=self.mmproj, **RUN
+        )
         self.imatrix = work / "imatrix.gguf"
         calibration = Corpus(training(n, n_screens))
         calibrate(
@@ -88,8 +90,8 @@ class Bench:
             report = evaluate_actions(model, n=self._n_screens, max_image_tokens=(72,))
         return {
             "n_bytes": text.stat().st_size,
-            "kl": found.kl_divergence.mean.value,
-            "kl_error": found.kl_divergence.mean.error,
+            "kl": found.kl_divergence.mean,
+            "kl_error": found.kl_divergence.error,
             "same_top": found.same_top.value,
             "hits": report.sizes[0].ours.hit_rate,
         }

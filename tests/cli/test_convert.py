@@ -84,3 +84,61 @@ def test_convert_interrupted_by_ctrl_c_leaves_what_was_there(tmp_path: Path, old
     assert stderr.endswith("interrupted\n")
     assert "Traceback" not in stderr
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+# --- fit ---
+
+
+def test_convert_fits_a_size_and_tells_the_recipe(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--outdir", str(out), "--fit-weights", "10MB", "--prefer", "speed"]
+    assert main(["convert", str(checkpoint), *arguments]) == 0
+    printed = capsys.readouterr()
+    text, _, types, error = printed.out.splitlines()
+    assert text.endswith("checkpoint-FIT_10MB.gguf")
+    assert types.startswith("types   F16 ×")
+    assert "by sampling" in error
+    assert "measuring" in printed.err
+
+
+def test_inspect_prints_the_recipe_of_a_fit(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--fit", "200MB", "--n-ctx", 512, "--image-tokens", 64, "--json"]
+    result = run("convert", checkpoint, "--outdir", tmp_path / "out", *arguments)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["fit"]["limit"] == "run"
+    shown = run("inspect", report["files"]["text"]["path"], "--json")
+    assert json.loads(shown.stdout)["fit"] == report["fit"]
+    shown = run("inspect", report["files"]["text"]["path"])
+    assert "  limit_bytes            200,000,000" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fit", "4GB", "--fit-weights", "3GB"], "not allowed with"),
+        (["--fit", "4GB", "--outtype", "q4_0"], "beside a fit"),
+        (["--fit", "lots"], "memory budget 'lots'"),
+        (["--prefer", "speed"], "--prefer: belongs to a fit"),
+        (["--fit", "4GB", "--backend", "abacus"], "invalid choice"),
+    ],
+)
+def test_convert_refuses_a_fit_that_makes_no_sense(
+    run: Run, checkpoint: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    result = run("convert", checkpoint, "--outdir", tmp_path / "out", *arguments)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_names_the_smallest_budget_that_could_be_met(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    result = run("convert", checkpoint, "--outdir", tmp_path / "out", "--fit", "100MB")
+    assert result.returncode == 1
+    assert "no mix of types fits a run into 100.00 MB" in result.stderr
+    assert "hint: --fit 1" in result.stderr
+    assert not (tmp_path / "out").exists()

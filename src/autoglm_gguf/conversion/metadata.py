@@ -59,7 +59,7 @@ def write_text_header(
             if isinstance(value, str):
                 writer.add_string(key, value)
             elif isinstance(value, float):
-                writer.add_float32(key, value)
+                writer.add_float64(key, value)
             else:
                 writer.add_uint64(key, value)
 

@@ -3,24 +3,21 @@
     python benchmarks/fit.py [--transcripts 120] [--screens 50] [--out FILE.json]
 
 Converts models/autoglm-tiny, and measures on its held-out instructions and held-out drawn screens
-against its own f32 file; the importance matrix comes from training instructions and training screens.
-A budget is a uniform type's own size, so that the fitted file competes with that type and with every
-other one up to 5 % larger. Prints Markdown tables; needs no torch.
+against its own f32 file; the importance matrix comes from training instructions and screens. A
+budget is a uniform type's own size, so that the fitted file competes with that type and with every
+other one up to 5 % larger. Prints a Markdown table; needs no torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "models/autoglm-tiny")]
-import instructions
 
 from autoglm_gguf import AutoGLM, Fit, convert
 from autoglm_gguf.conversion.recipe import OUTTYPES
@@ -30,7 +27,9 @@ from autoglm_gguf.evaluate.passages import Corpus
 from autoglm_gguf.evaluate.perplexity import evaluate_divergence, evaluate_perplexity
 from autoglm_gguf.evaluate.screens import draw_screen, held_out_tasks, training_tasks
 
-CHECKPOINT = ROOT / "models/autoglm-tiny"
+CHECKPOINT = Path(__file__).parents[1] / "models/autoglm-tiny"
+sys.path.insert(0, str(CHECKPOINT))
+instructions = importlib.import_module("instructions")
 TRAINING_SEED = 77
 UNIFORM = [name for name in OUTTYPES if name not in ("f32", "f16", "bf16")]
 RUN = {"memory_budget": "none", "n_gpu_layers": 0}

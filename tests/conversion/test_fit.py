@@ -191,7 +191,7 @@ def test_limit_under_the_smallest_mix_is_refused_with_what_would_do() -> None:
 
 def test_mix_takes_the_layout_with_less_error() -> None:
     narrow, wide = (lay_out(Recipe(F16), TWO) for _ in range(2))
-    only_large = {name: (GGMLType.Q8_0,) for name in TWO}
+    only_large = dict.fromkeys(TWO, (GGMLType.Q8_0,))
     room = Room(512 * (144 + 84))
     mix = choose_mix(
         [narrow, wide],

@@ -1,9 +1,10 @@
 """Rows to bytes: ggml's own, or the better of ggml's and a search over scales, block by block.
 
-Without an importance matrix ggml takes q4_0, q5_0 and q8_0 scales from the largest value of a block
-and q4_1 and q5_1 scales from its range; q8_0 always. Nearby scales round a block's values otherwise,
-and one of them nearly always has a smaller squared error. The format does not change, only the choice
-of the numbers in it: whatever reads a GGUF reads these. K and IQ types search on their own already.
+Without an importance matrix ggml takes the scale of a q4_0 or q5_0 block from its largest value and
+the two of a q4_1 or q5_1 block from its range; of a q8_0 block always. Nearby scales round the
+block's values otherwise, and one of them nearly always has a smaller squared error. The format
+stays, only the numbers in it differ: whatever reads a GGUF reads these. K and IQ types search by
+themselves.
 """
 
 from __future__ import annotations

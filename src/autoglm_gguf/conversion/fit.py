@@ -1,8 +1,8 @@
 """The types of all matrices such that a run, or a file, keeps within a number of bytes.
 
-What each type does to each matrix has been measured (``rounding``) and is weighed (``sensitivity``);
-a knapsack chooses, and a `Limit` says whether a choice fits. Knows nothing of how tensors are
-encoded, files written, or memory planned.
+What each type does to each matrix has been measured (``rounding``) and is weighed
+(``sensitivity``); a knapsack chooses, and a `Limit` says whether a choice fits. Knows nothing of
+how tensors are encoded, files written, or memory planned.
 """
 
 from __future__ import annotations
@@ -180,8 +180,9 @@ def check_limit(
         DoesNotFitError: Names the smallest limit that could be met.
     """
     smallest = [_smallest(layout, kinds) for layout, kinds in zip(layouts, candidates, strict=True)]
-    if any(limit.serves(layout, types) for layout, (types, _) in zip(layouts, smallest)):
-        return
+    for layout, (types, _) in zip(layouts, smallest, strict=True):
+        if limit.serves(layout, types):
+            return
     at = min(range(len(layouts)), key=lambda i: smallest[i][1])
     limit.refuse(layouts[at], smallest[at][0])
 

@@ -1,4 +1,4 @@
-"""The choice of one option per thing, at the least damage within a size: a knapsack, solved exactly.
+"""One option for each of many things, at the least damage within a size: an exact knapsack.
 
 Knows sizes and damages; knows nothing of tensors or types. Where sizes are too fine for the table
 they are rounded up, so that a choice never exceeds its size, and the gap to a bound that no choice

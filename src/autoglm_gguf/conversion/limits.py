@@ -1,7 +1,7 @@
-"""What a fitted pair has to keep within: the budget of a run as the memory plan counts it, or a size.
+"""What a fitted pair has to keep within: a run's budget as the memory plan counts it, or a size.
 
-Both look at the header that the file will have, made from the real one and other types, so that what
-is promised here is what `plan_memory` says of the file.
+Both look at the header that the file will have, made from the real one and other types, so that
+what is promised here is what `plan_memory` says of the file.
 """
 
 from __future__ import annotations

@@ -134,7 +134,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--transcripts", type=int, default=120)
     parser.add_argument("--screens", type=int, default=50)
-    parser.add_argument("--budgets", default="q2_K,q3_K,q4_0,q5_0,q6_K", help="types whose sizes")
+    parser.add_argument(
+        "--budgets", default="iq3_xxs,q3_K,q4_0,q4_K,q5_0", help="types whose sizes"
+    )
+    parser.add_argument("--prefer", default="quality", help="quality,speed")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = []
@@ -148,7 +151,7 @@ def main() -> None:
                 print_row(row)
         sizes = {row["name"]: row["n_bytes"] for row in rows}
         for outtype, prefer, imatrix in itertools.product(
-            arguments.budgets.split(","), ("quality", "speed"), (False, True)
+            arguments.budgets.split(","), arguments.prefer.split(","), (False, True)
         ):
             row = bench.fitted(sizes[outtype], imatrix, prefer)
             rivals = [

@@ -5,7 +5,7 @@
 Converts models/autoglm-tiny, and measures on its held-out instructions and held-out drawn screens
 against its own f32 file; the importance matrix comes from training instructions and screens. A
 budget is a uniform type's own size, so that the fitted file competes with that type and with every
-other one up to 5 % larger. Prints a Markdown table; needs no torch.
+other one up to 5 % larger; these alone are measured. Prints a Markdown table; needs no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.insert(0, str(CHECKPOINT))
 instructions = importlib.import_module("instructions")
 TRAINING_SEED = 77
 UNIFORM = [name for name in OUTTYPES if name not in ("f32", "f16", "bf16")]
-RUN = {"memory_budget": "none", "n_gpu_layers": 0}
+RUN = {"memory_budget": "none", "n_gpu_layers": 0, "n_threads": 1}
 
 
 def held_out(n: int, n_screens: int) -> list[list[dict[str, Any]]]:
@@ -95,13 +95,13 @@ class Bench:
             "hits": report.sizes[0].ours.hit_rate,
         }
 
-    def uniform(self, outtype: str, imatrix: bool) -> dict[str, Any] | None:
-        """One type for all matrices."""
+    def convert_uniform(self, outtype: str, imatrix: bool) -> Path | None:
+        """One type for all matrices; None where it needs an importance matrix."""
         if outtype == "iq3_xxs" and not imatrix:
-            return None  # it needs one
+            return None
         given = self.imatrix if imatrix else None
-        pair = convert(CHECKPOINT, self._work / "u", outtype, imatrix=given, mmproj_outtype="f32")
-        return {"name": outtype, "imatrix": imatrix, **self.measure(pair.text)}
+        outdir = self._work / f"uniform-{imatrix}"
+        return convert(CHECKPOINT, outdir, outtype, imatrix=given, mmproj_outtype="f32").text
 
     def fitted(self, n_bytes: int, imatrix: bool, prefer: str) -> dict[str, Any]:
         """A mix of types within a size."""
@@ -122,7 +122,7 @@ def print_row(row: dict[str, Any], note: str = "") -> None:
         row["name"],
         "yes" if row["imatrix"] else "no",
         f"{row['n_bytes'] / 1e6:.3f}",
-        f"{row['kl']:.4f} ± {row['kl_error']:.4f}",
+        f"{row['kl']:.5f} ± {row['kl_error']:.5f}",
         f"{row['same_top']:.1%}",
         f"{row['hits']:.0%}",
         note,
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--transcripts", type=int, default=120)
     parser.add_argument("--screens", type=int, default=50)
     parser.add_argument(
-        "--budgets", default="iq3_xxs,q3_K,q4_0,q4_K,q5_0", help="types whose sizes"
+        "--budgets", default="q3_K,q4_0,q4_K,q5_0,iq3_xxs", help="types whose sizes"
     )
     parser.add_argument("--prefer", default="quality", help="quality,speed")
     parser.add_argument("--out", type=Path)
@@ -145,26 +145,30 @@ def main() -> None:
         bench = Bench(Path(directory), arguments.transcripts, arguments.screens)
         print("| type | imatrix | MB | KL divergence | same top | hits | beats |")
         print("|---|---|---|---|---|---|---|")
-        for imatrix, outtype in itertools.product((False, True), UNIFORM):
-            if (row := bench.uniform(outtype, imatrix)) is not None:
+        files = {
+            (outtype, imatrix): text
+            for outtype, imatrix in itertools.product(UNIFORM, (False, True))
+            if (text := bench.convert_uniform(outtype, imatrix)) is not None
+        }
+        measured: dict[tuple[str, bool], dict[str, Any]] = {}
+        for budget, imatrix in itertools.product(arguments.budgets.split(","), (False, True)):
+            limit = files[budget, True].stat().st_size
+            rivals = []
+            for key, text in files.items():
+                if key[1] != imatrix or not limit <= text.stat().st_size <= 1.05 * limit:
+                    continue
+                if key not in measured:
+                    found = {"name": key[0], "imatrix": imatrix, **bench.measure(text)}
+                    measured[key] = found
+                    rows.append(found)
+                    print_row(found)
+                rivals.append(measured[key])
+            for prefer in arguments.prefer.split(","):
+                row = bench.fitted(limit, imatrix, prefer)
+                beaten = [other["name"] for other in rivals if row["kl"] < other["kl"]]
+                lost = [other["name"] for other in rivals if row["kl"] >= other["kl"]]
                 rows.append(row)
-                print_row(row)
-        sizes = {row["name"]: row["n_bytes"] for row in rows}
-        for outtype, prefer, imatrix in itertools.product(
-            arguments.budgets.split(","), arguments.prefer.split(","), (False, True)
-        ):
-            row = bench.fitted(sizes[outtype], imatrix, prefer)
-            rivals = [
-                other
-                for other in rows
-                if other["name"] in OUTTYPES
-                and other["imatrix"] == imatrix
-                and 1 <= other["n_bytes"] / row["limit"] <= 1.05
-            ]
-            beaten = [other["name"] for other in rivals if row["kl"] < other["kl"]]
-            lost = [other["name"] for other in rivals if row["kl"] >= other["kl"]]
-            rows.append(row)
-            print_row(row, ", ".join(beaten) + (f"; not {', '.join(lost)}" if lost else ""))
+                print_row(row, ", ".join(beaten) + (f"; not {', '.join(lost)}" if lost else ""))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(rows, indent=1))
 

@@ -24,7 +24,7 @@ from autoglm_gguf.units import format_bytes
 
 # Of a process that runs a model, before it: `holding` takes 72 MB for the least; a command line, a
 # server and their libraries come on top. A process that holds still more streams a layer.
-HELD_BYTES = 120_000_000
+HELD_BYTES = 100_000_000
 _RECIPE_BYTES = 4096  # what the keys of the recipe add to a header, at most
 _FIXED = frozenset(("n_ctx", "max_image_tokens", "n_gpu_layers"))
 _FEED_FORWARD = "{arch}.feed_forward_length"

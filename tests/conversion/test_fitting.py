@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import Shape, build_checkpoint
+from family import build_chatglm, build_glm, build_glm4
 
 from autoglm_gguf import (
     ConversionError,
@@ -180,6 +182,22 @@ def test_type_that_the_backend_lacks(source: Path, tmp_path: Path) -> None:
 def test_outtype_beside_a_fit(source: Path, tmp_path: Path) -> None:
     fit = Fit(weights="100MB")
     refuse(source, tmp_path / "out", ValueError, "beside a fit", fit=fit, outtype="q4_0")
+
+
+@pytest.mark.parametrize("build", [build_glm4, build_glm, build_chatglm])
+def test_text_only_models_fit_too(build: Callable[..., Path], tmp_path: Path) -> None:
+    model = build(tmp_path / "model")  # build_glm ties its embeddings, build_chatglm fuses q, k, v
+    whole = convert(model, tmp_path / "out", "f16").text.stat().st_size
+    pair = fitted(model, tmp_path / "out", Fit(weights=int(0.75 * whole)))
+    assert pair.mmproj is None
+    assert pair.text.stat().st_size <= 0.75 * whole
+
+
+def test_searched_scales_leave_size_and_types_as_they_are(source: Path, tmp_path: Path) -> None:
+    plain = read_header(convert(source, tmp_path / "plain", "q4_0").text)
+    found = read_header(convert(source, tmp_path / "found", "q4_0", search_scales=True).text)
+    assert found.tensors == plain.tensors
+    assert found.path.read_bytes() != plain.path.read_bytes()
 
 
 def test_plan_of_a_fitted_pair_streams_nothing(source: Path, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ Converts models/autoglm-tiny, and measures on its held-out instructions and held
 against its own f32 file: KL divergence over all tokens of the transcripts, over the answers' tokens
 of some of them and of the screens, and taps that hit. The importance matrix comes from training
 instructions and screens. A budget is a uniform type's own size, so that the fitted file competes
-with that type and with every other one up to 5 % larger; these alone are measured. Prints a Markdown
-table; needs no torch.
+with that type and with every other one up to 5 % larger; these alone are measured. Prints a
+Markdown table; needs no torch.
 """
 
 from __future__ import annotations

@@ -58,29 +58,40 @@ def write_imatrix(path: Path, columns: dict[str, int]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("share", [0.62, 0.8, 1.1, 3.0])
+@pytest.fixture(scope="module")
+def sizes(
+    source: Path, q8_0_bytes: int, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, ModelPair]:
+    """Fits by their limits, the smallest first."""
+    out = tmp_path_factory.mktemp("sizes")
+    limits = [int(share * q8_0_bytes) for share in (0.62, 0.8)]
+    return {limit: fitted(source, out, Fit(weights=limit)) for limit in limits}
+
+
 def test_text_file_is_no_larger_than_asked_and_little_smaller(
-    source: Path, q8_0_bytes: int, tmp_path: Path, share: float
+    sizes: dict[int, ModelPair],
 ) -> None:
-    limit = int(share * q8_0_bytes)
-    pair = fitted(source, tmp_path, Fit(weights=limit))
-    n_bytes = pair.text.stat().st_size
-    assert n_bytes <= limit
-    if share < 1:
-        assert n_bytes > 0.95 * limit
-    header = read_header(pair.text)
-    assert header.metadata["autoglm.fit.limit"] == "text file"
-    assert header.metadata["autoglm.fit.limit_bytes"] == limit
-    assert find_mmproj(pair.text) == pair.mmproj
+    for limit, pair in sizes.items():
+        assert 0.95 * limit < pair.text.stat().st_size <= limit
+        header = read_header(pair.text)
+        assert header.metadata["autoglm.fit.limit"] == "text file"
+        assert header.metadata["autoglm.fit.limit_bytes"] == limit
+        assert find_mmproj(pair.text) == pair.mmproj
 
 
-def test_more_bytes_are_less_error(source: Path, q8_0_bytes: int, tmp_path: Path) -> None:
-    errors = []
-    for share in (0.65, 0.8, 0.95):
-        report = fitted(source, tmp_path, Fit(weights=int(share * q8_0_bytes))).fit
-        assert report is not None and report.gap < 0.3
-        errors.append(report.estimated_error)
-    assert errors == sorted(errors, reverse=True)
+def test_more_bytes_are_less_error(sizes: dict[int, ModelPair]) -> None:
+    reports = [pair.fit for pair in sizes.values() if pair.fit is not None]
+    errors = [report.estimated_error for report in reports]
+    assert len(errors) == 2 and errors == sorted(errors, reverse=True)
+    assert all(0 <= report.gap < 0.3 for report in reports)
+
+
+def test_fit_is_the_same_every_time(
+    source: Path, sizes: dict[int, ModelPair], tmp_path: Path
+) -> None:
+    limit, pair = next(iter(sizes.items()))
+    again = fitted(source, tmp_path, Fit(weights=limit), name=source.name)
+    assert again.text.read_bytes() == pair.text.read_bytes()
 
 
 def test_run_keeps_within_the_budget_as_planned(source: Path, tmp_path: Path) -> None:
@@ -99,12 +110,6 @@ def test_run_keeps_within_the_budget_as_planned(source: Path, tmp_path: Path) ->
     assert read_header(pair.text).metadata["autoglm.fit.planned_peak_bytes"] == plan.peak_bytes
 
 
-def test_fit_is_the_same_every_time(source: Path, q8_0_bytes: int, tmp_path: Path) -> None:
-    fit = Fit(weights=int(0.7 * q8_0_bytes))
-    first = fitted(source, tmp_path / "a", fit).text.read_bytes()
-    assert fitted(source, tmp_path / "b", fit).text.read_bytes() == first
-
-
 def test_fit_weighs_with_the_importance_matrix(
     source: Path, q8_0_bytes: int, tmp_path: Path
 ) -> None:
@@ -113,19 +118,15 @@ def test_fit_weighs_with_the_importance_matrix(
     assert read_header(pair.text).metadata["autoglm.fit.imatrix"] == "im.dat"
 
 
-def test_exception_is_kept(source: Path, q8_0_bytes: int, tmp_path: Path) -> None:
-    fit = Fit(weights=int(0.8 * q8_0_bytes))
-    pair = fitted(source, tmp_path, fit, tensor_types=["ffn_down=q5_1"])
-    tensors = read_header(pair.text).tensors
-    assert tensors["blk.1.ffn_down.weight"].type_name == "Q5_1"
-
-
-def test_padded_width_is_written_where_a_type_asks_for_it(
+def test_exception_is_kept_and_padded_where_it_asks_for_it(
     source: Path, q8_0_bytes: int, tmp_path: Path
 ) -> None:
     fit = Fit(weights=int(0.8 * q8_0_bytes))
-    pair = fitted(source, tmp_path, fit, tensor_types=["ffn_down=q3_K"])
-    assert read_header(pair.text).metadata["glm4.feed_forward_length"] == 768
+    pair = fitted(source, tmp_path, fit, tensor_types=["blk.1.ffn_down=q3_K", "ffn_down=q5_1"])
+    header = read_header(pair.text)
+    assert header.tensors["blk.0.ffn_down.weight"].type_name == "Q5_1"
+    assert header.tensors["blk.1.ffn_down.weight"].type_name == "Q3_K"
+    assert header.metadata["glm4.feed_forward_length"] == 768
 
 
 # --- refusals: one error, nothing written ---

@@ -49,13 +49,18 @@ class ContextParams:
     """Tokens that an answer may guess from its prompt and evaluate beside a sampled one; logits are
     kept of each. 0: guesses none. A batch holds at least one more."""
 
+    n_outputs: int | None = None
+    """Tokens of a batch whose logits may be read, for those who measure; None: as many as drafts
+    need. Each takes eight bytes per token of the vocabulary."""
+
     @property
     def n_outputs_max(self) -> int:
-        """Tokens of a batch after which one may be sampled."""
-        return 1 + min(self.n_draft_max, self.n_batch - 1, self.n_ctx - 1)
+        """Tokens of a batch whose logits may be read."""
+        wanted = 1 + self.n_draft_max if self.n_outputs is None else self.n_outputs
+        return min(wanted, self.n_batch, self.n_ctx)
 
     def __post_init__(self) -> None:
-        _check_ints(self, "n_threads", "max_image_tokens")
+        _check_ints(self, "n_threads", "max_image_tokens", "n_outputs")
         _check_ints(self, "n_ctx", "n_gpu_layers", "n_batch", "n_draft_max", may_be_none=False)
         for name, flag in (("flash_attn", self.flash_attn), ("offload_kqv", self.offload_kqv)):
             if not isinstance(flag, bool):
@@ -74,6 +79,8 @@ class ContextParams:
             raise ValueError(f"n_batch {self.n_batch}: not in 1..16384")
         if not 0 <= self.n_draft_max <= MAX_DRAFT:
             raise ValueError(f"n_draft_max {self.n_draft_max}: not in 0..{MAX_DRAFT}")
+        if self.n_outputs is not None and self.n_outputs < 1:
+            raise ValueError(f"n_outputs {self.n_outputs}: at least 1")
         for name, value in (("type_k", self.type_k), ("type_v", self.type_v)):
             if value not in CACHE_TYPES:
                 raise ValueError(f"{name} {value!r}: not one of {', '.join(CACHE_TYPES)}")

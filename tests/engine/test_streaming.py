@@ -19,6 +19,7 @@ from autoglm_gguf.memory.holding import Places
 from autoglm_gguf.memory.plan import Decision
 from autoglm_gguf.memory.residency import Residency
 from autoglm_gguf.native import pages
+from autoglm_gguf.native.nodes import InputWatch
 from autoglm_gguf.stopping import StopFlag, Stopped
 
 pytestmark = [
@@ -98,6 +99,25 @@ def test_streamed_weights_answer_as_mapped_ones(
         return
     for one, other in zip(mapped, streamed, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_inputs_of_streamed_layers_are_seen_as_those_of_mapped_ones(
+    pairs: Callable[[str], Pair],
+) -> None:
+    found = []
+    names = [f"blk.{layer}.ffn_down.weight" for layer in range(SHAPE.n_layers)]
+    for changed in ({"weights": "mapped"}, {"weights": "streamed", "places": PLACES["one kept"]}):
+        watch = InputWatch(names)
+        watch.begin()
+        plan = planned(pairs("f16"), **changed)
+        model = LlamaEngine(*pairs("f16"), plan.context, plan=plan, watches=(watch,))
+        follow(model)
+        model.close()
+        watch.check()
+        found.append(watch)
+    assert found[0].counts == found[1].counts
+    for name in names:
+        np.testing.assert_array_equal(found[0].sums[name], found[1].sums[name])
 
 
 def test_copied_layers_in_another_order_answer_alike(pairs: Callable[[str], Pair]) -> None:

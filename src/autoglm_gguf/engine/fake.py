@@ -41,6 +41,9 @@ class FakeEngine:
 
     n_batch = 64
     device_bytes = 0
+    bos: int | None = None
+    """Change it to pretend that texts begin with a token."""
+    vocabulary_key = "bytes"
 
     def __init__(
         self,
@@ -89,6 +92,15 @@ class FakeEngine:
         """One token per byte."""
         return list(text.encode())
 
+    def tokenize_document(self, text: str, *, parse_special: bool = False) -> NDArray[np.int32]:
+        """One token per byte, ``(n,)``."""
+        return np.array(self.tokenize(text), np.int32)
+
+    @property
+    def n_outputs_max(self) -> int:
+        """Tokens of a batch whose logits may be read."""
+        return 1 + self.info.n_draft_max
+
     def token_bytes(self, token: int) -> bytes:
         """The byte itself; nothing for the two special tokens."""
         return bytes([token]) if token < STOP else b""
@@ -120,7 +132,7 @@ class FakeEngine:
         self._n_outputs = n_outputs
         self._wanted = self._sampler.wanted
 
-    def eval_image(self, image: ImageEmbedding) -> None:
+    def eval_image(self, image: ImageEmbedding, *, whole: bool = False) -> None:
         """Remember an image."""
         self._count(image.n_tokens)
         self.content.add([ImageCells(image.key, image.grid)])

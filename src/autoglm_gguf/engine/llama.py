@@ -7,8 +7,10 @@ each image and freed after it, as the memory plan says.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from autoglm_gguf.native.interrupts import HeldInterrupts
 from autoglm_gguf.native.library import buffer_report
 from autoglm_gguf.native.llama import LlamaContext
 from autoglm_gguf.native.mtmd import VisionTower
+from autoglm_gguf.native.nodes import LayerWatch, NodeWatch
 from autoglm_gguf.native.pages import forget_file, return_free_memory
 from autoglm_gguf.native.sampler import SamplerChain
 from autoglm_gguf.stopping import StopFlag
@@ -47,6 +50,7 @@ class LlamaEngine:
         params: Sizes and types; a plan's own take their place.
         n_outputs_max: Positions per batch whose logits may be read; None: as many as drafts need.
         plan: How the pair is held; without one, all weights are copied into memory.
+        watches: Look at the nodes of every batch.
 
     Raises:
         GGUFError: A file is missing, broken or of another kind.
@@ -62,6 +66,7 @@ class LlamaEngine:
         *,
         n_outputs_max: int | None = None,
         plan: MemoryPlan | None = None,
+        watches: Sequence[NodeWatch] = (),
     ) -> None:
         described = describe_pair(text, mmproj)
         params = params if plan is None else plan.context
@@ -82,14 +87,15 @@ class LlamaEngine:
             self._residency = open_residency(described.text, plan, self._cache_is_scarce)
             if self._residency is not None:
                 undo.callback(self._residency.close)
-            streams = self._residency is not None and bool(self._residency.watched_layers)
+            if self._residency is not None and self._residency.watched_layers:
+                passed = LayerWatch(self._residency.watched_layers, self._residency.passed)
+                watches = (*watches, passed)
             self._context = LlamaContext(
                 self._model,
                 params,
                 n_threads=self._n_threads,
                 n_outputs_max=params.n_outputs_max if n_outputs_max is None else n_outputs_max,
-                on_layer=self._residency.passed if self._residency and streams else None,
-                watched_layers=self._residency.watched_layers if self._residency else (),
+                watches=watches,
             )
             undo.pop_all()
         devices = () if plan is None else plan.devices
@@ -161,9 +167,36 @@ class LlamaEngine:
         """Tokens per `eval_tokens` call at most."""
         return self._context.n_batch
 
+    @property
+    def n_outputs_max(self) -> int:
+        """Tokens of a batch whose logits may be read."""
+        return self._context.n_outputs_max
+
+    @cached_property
+    def vocabulary_key(self) -> str:
+        """Equal keys are equal vocabularies."""
+        digest = hashlib.sha256()
+        for token in range(self._model.n_vocab):
+            digest.update(self._model.token_bytes(token, special=True) + b"\n")
+        return digest.hexdigest()
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids; literal special tokens become their ids; nothing is added."""
         return self._model.tokenize(text)
+
+    def tokenize_document(self, text: str, *, parse_special: bool = False) -> NDArray[np.int32]:
+        """Token ids ``(n,)`` of a text that is no prompt, as llama.cpp's tools cut it.
+
+        Args:
+            text: Any; what the vocabulary puts at a text's ends is added.
+            parse_special: Literal special tokens become their ids.
+        """
+        return self._model.tokenize_document(text, parse_special=parse_special)
+
+    @property
+    def bos(self) -> int | None:
+        """The token that the vocabulary puts before a text; None where it puts none."""
+        return self._model.bos
 
     def token_bytes(self, token: int) -> bytes:
         """Bytes to show for a token; none for control tokens that are no tags."""
@@ -241,10 +274,16 @@ class LlamaEngine:
             self._context.decode_tokens(list(tokens), n_outputs=n_outputs)
             self.content.add(tokens)
 
-    def eval_image(self, image: ImageEmbedding) -> None:
-        """Evaluate an encoded image after what was evaluated so far; errors as `eval_tokens`."""
+    def eval_image(self, image: ImageEmbedding, *, whole: bool = False) -> None:
+        """Evaluate an encoded image after what was evaluated so far; errors as `eval_tokens`.
+
+        Args:
+            image: Its embeddings.
+            whole: Let all its cells pass the whole last layer, not the last one alone: for those
+                who watch. Needs as many outputs a batch as there are tokens in one.
+        """
         with self._evaluation():
-            self._context.decode_image(image.data, image.grid)
+            self._context.decode_image(image.data, image.grid, whole=whole)
             self.content.add([ImageCells(image.key, image.grid)])
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from autoglm_gguf.engine.llama import LlamaEngine
@@ -10,6 +11,7 @@ from autoglm_gguf.engine.trust import TrustStore, open_trusted
 from autoglm_gguf.hub import cache_directory, resolve_pair
 from autoglm_gguf.memory.budget import Budget
 from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
+from autoglm_gguf.native.nodes import NodeWatch
 
 
 def load_engine(
@@ -20,6 +22,7 @@ def load_engine(
     self_test: bool,
     reserved_bytes: int = 0,
     context: dict[str, Any],
+    watches: Sequence[NodeWatch] = (),
 ) -> LlamaEngine:
     """Load a pair as `AutoGLM.load` describes it.
 
@@ -30,6 +33,7 @@ def load_engine(
         self_test: Compare a GPU with the CPU when it is first used with this model.
         reserved_bytes: See `plan_memory`.
         context: Fields of `ContextParams`.
+        watches: Look at the nodes of every batch, those of a self-test too.
 
     Raises:
         ValueError, TypeError, AutoGLMError: See `AutoGLM.load`.
@@ -48,7 +52,7 @@ def load_engine(
     files = resolve_pair(model, mmproj)
 
     def open_engine(plan: MemoryPlan) -> LlamaEngine:
-        return LlamaEngine(*files, plan.context, plan=plan)
+        return LlamaEngine(*files, plan.context, plan=plan, watches=watches)
 
     if not (self_test and plan.devices):
         return open_engine(plan)

@@ -322,7 +322,7 @@ def can_repack(ggml_type: int, n_per_row: int, n_rows: int) -> bool:
         buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, kind)
         if not buffer:
             return False
-        fields = ctypes.cast(tensor, ctypes.POINTER(_Tensor)).contents
+        fields = ctypes.cast(tensor, ctypes.POINTER(TensorFields)).contents
         known = fields.data == lib.ggml_get_data(tensor)  # else ggml_tensor has another layout
         found = bool(fields.extra) and known
         lib.ggml_backend_buffer_free(buffer)
@@ -341,6 +341,29 @@ def operation_name(tensor: int) -> bytes:
     """What computes a live ``ggml_tensor``, such as ``MUL_MAT``."""
     name: bytes = _lib().ggml_op_desc(tensor)
     return name
+
+
+def tensor_fields(tensor: int) -> TensorFields:
+    """The fields of a live ``ggml_tensor``.
+
+    Raises:
+        EngineError: ggml_tensor has another layout than the pinned version's.
+    """
+    fields = ctypes.cast(tensor, ctypes.POINTER(TensorFields)).contents
+    if fields.data != _lib().ggml_get_data(tensor):
+        raise engine_error("ggml: ggml_tensor has another layout than this package knows")
+    return fields
+
+
+def read_tensor_bytes(tensor: int, offset: int, out: NDArray[np.float32]) -> None:
+    """Copy bytes of a computed ``ggml_tensor`` from wherever it lies.
+
+    Args:
+        tensor: Has at least ``offset + out.nbytes`` bytes.
+        offset: First byte.
+        out: C-contiguous; filled.
+    """
+    _lib().ggml_backend_tensor_get(tensor, _pointer(out), offset, out.nbytes)
 
 
 _DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
@@ -376,7 +399,7 @@ class _InitParams(ctypes.Structure):
     )
 
 
-class _Tensor(ctypes.Structure):
+class TensorFields(ctypes.Structure):
     """ggml.h, ``struct ggml_tensor``."""
 
     _fields_ = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from autoglm_gguf.config import CacheType, ContextParams
 from autoglm_gguf.errors import ContextFullError
-from autoglm_gguf.native.ggml import GGMLType, device_handle, tensor_name
+from autoglm_gguf.native.ggml import GGMLType, device_handle
 from autoglm_gguf.native.interrupts import HeldInterrupts
 from autoglm_gguf.native.library import (
     LLAMA_CPP_COMMIT,
@@ -30,6 +30,7 @@ from autoglm_gguf.native.library import (
     load_llama,
     string_length,
 )
+from autoglm_gguf.native.nodes import NodeWatch
 from autoglm_gguf.native.state import StateLayout
 from autoglm_gguf.stopping import StopFlag, Stopped
 
@@ -129,13 +130,30 @@ class LlamaModel:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of text; special tokens written literally become their ids, none is added."""
+        found: list[int] = self._tokenize(text, add_special=False, parse_special=True).tolist()
+        return found
+
+    def tokenize_document(self, text: str, *, parse_special: bool) -> NDArray[np.int32]:
+        """Token ids ``(n,)`` of a text that is no prompt, with what the vocabulary adds to one."""
+        return self._tokenize(text, add_special=True, parse_special=parse_special)
+
+    def _tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
         data = text.encode()
         capacity = len(data) + 8
-        ids = (ctypes.c_int32 * capacity)()
-        n = self._llama.llama_tokenize(self.vocab, data, len(data), ids, capacity, False, True)
+        ids = np.empty(capacity, np.int32)
+        pointer = _as(ids, ctypes.c_int32)
+        n = self._llama.llama_tokenize(
+            self.vocab, data, len(data), pointer, capacity, add_special, parse_special
+        )
         if n < 0:  # more tokens than bytes cannot happen with a byte-level BPE
             raise engine_error(f"llama.cpp: could not tokenise {len(data)} bytes")
-        return list(ids[:n])
+        return ids[:n].copy()
+
+    @cached_property
+    def bos(self) -> int | None:
+        """The token that the vocabulary puts before a text; None where it puts none."""
+        adds = self._llama.llama_vocab_get_add_bos(self.vocab)
+        return int(self._llama.llama_vocab_bos(self.vocab)) if adds else None
 
     def token_bytes(self, token: int, *, special: bool) -> bytes:
         """The bytes a token stands for; a control token gives none unless ``special``."""
@@ -171,8 +189,7 @@ class LlamaContext:
         params: Sizes and types.
         n_threads: Compute threads.
         n_outputs_max: Positions per batch whose logits may be asked for.
-        on_layer: Called with a layer's number when a batch has passed it; must not raise.
-        watched_layers: The layers it is called for.
+        watches: Look at the nodes of every batch.
 
     Raises:
         EngineError: llama.cpp could not make the context (most often: too little memory).
@@ -185,8 +202,7 @@ class LlamaContext:
         *,
         n_threads: int,
         n_outputs_max: int = 1,
-        on_layer: Callable[[int], None] | None = None,
-        watched_layers: Collection[int] = (),
+        watches: Sequence[NodeWatch] = (),
     ) -> None:
         self._llama = load_llama()
         self._model = model
@@ -208,10 +224,9 @@ class LlamaContext:
         raw.op_offload = False  # what stays on the CPU is computed there: the plan counts on it
         raw.no_perf = True
         self._callback = None  # kept as long as llama.cpp may call it
-        if on_layer is not None:
-            names = {f"l_out-{n}".encode(): n for n in watched_layers}
+        if watches:
             self._callback = self._llama.ggml_backend_sched_eval_callback(
-                partial(self._on_node, names, on_layer)
+                partial(self._on_node, tuple(watches))
             )
             raw.cb_eval = self._callback
         clear_errors()
@@ -343,12 +358,19 @@ class LlamaContext:
         self._decode(n, n_outputs, positions, tokens=ids)
         self.position += n
 
-    def decode_image(self, embeddings: NDArray[np.float32], grid: tuple[int, int]) -> None:
+    def decode_image(
+        self,
+        embeddings: NDArray[np.float32],
+        grid: tuple[int, int],
+        *,
+        whole: bool = False,
+    ) -> None:
         """Evaluate image embeddings, batch by batch; errors as `decode_tokens`.
 
         Args:
             embeddings: ``(n_rows * n_columns, n_embd)``, row by row from the top left.
             grid: ``(n_columns, n_rows)`` of image tokens.
+            whole: Keep logits of every cell, so that all of them pass the whole last layer.
         """
         n_columns, n_rows = grid
         if not self._model.uses_mrope:
@@ -366,7 +388,7 @@ class LlamaContext:
             part = slice(start, min(start + self.n_batch, cells.size))
             self._decode(
                 part.stop - part.start,
-                1,
+                part.stop - part.start if whole else 1,
                 np.ascontiguousarray(positions[:, part]),
                 embeddings=np.ascontiguousarray(embeddings[part], np.float32),
             )
@@ -407,20 +429,15 @@ class LlamaContext:
         self.n_past += n
         self._n_outputs = n_outputs
 
-    def _on_node(
-        self,
-        names: dict[bytes, int],
-        on_layer: Callable[[int], None],
-        tensor: int,
-        ask: bool,
-        _: Any,
-    ) -> bool:
+    def _on_node(self, watches: tuple[NodeWatch, ...], tensor: int, ask: bool, _data: Any) -> bool:
         """llama.cpp asks for every node whether it is wanted, and calls again when it is done."""
-        layer = names.get(tensor_name(tensor))
-        if not ask and layer is not None:
-            on_layer(layer)
-            return not self._stop.is_set()  # False ends the batch, which is not counted then
-        return layer is not None or not ask
+        wanting = [watch for watch in watches if watch.wants(tensor)]
+        if ask:
+            return bool(wanting)
+        goes_on = not self._stop.is_set()
+        for watch in wanting:
+            goes_on = watch.see(tensor) and goes_on
+        return goes_on  # False ends the batch
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits ``(n_vocab,)`` of one of the last batch's outputs; a view until the next batch."""

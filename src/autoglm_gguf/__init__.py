@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         DoesNotFitError,
         EngineBusyError,
         EngineError,
+        EvaluationError,
         GGUFError,
         HubError,
         ImageError,
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
         ServerError,
         UnsupportedModelError,
         VerificationError,
+    )
+    from autoglm_gguf.evaluate.calibration import Calibration, calibrate
+    from autoglm_gguf.evaluate.passages import Corpus
+    from autoglm_gguf.evaluate.perplexity import (
+        Divergence,
+        Perplexity,
+        evaluate_divergence,
+        evaluate_perplexity,
     )
     from autoglm_gguf.gguf.header import Header, TensorInfo, read_header
     from autoglm_gguf.hub import pull
@@ -80,6 +89,7 @@ _HOMES = {
         "DoesNotFitError",
         "EngineBusyError",
         "EngineError",
+        "EvaluationError",
         "GGUFError",
         "HubError",
         "ImageError",
@@ -90,6 +100,11 @@ _HOMES = {
         "ServerError",
         "UnsupportedModelError",
         "VerificationError",
+    ),
+    "evaluate.calibration": ("Calibration", "calibrate"),
+    "evaluate.passages": ("Corpus",),
+    "evaluate.perplexity": (
+        *("Divergence", "Perplexity", "evaluate_divergence", "evaluate_perplexity"),
     ),
     "gguf.header": ("Header", "TensorInfo", "read_header"),
     "hub": ("pull",),
@@ -114,6 +129,7 @@ __all__ = [
     "AutoGLM",
     "AutoGLMError",
     "BenchError",
+    "Calibration",
     "ChatSession",
     "CheckpointError",
     "Chunk",
@@ -124,9 +140,12 @@ __all__ = [
     "ContextFullError",
     "ContextParams",
     "ConversionError",
+    "Corpus",
+    "Divergence",
     "DoesNotFitError",
     "EngineBusyError",
     "EngineError",
+    "EvaluationError",
     "Fit",
     "GGUFError",
     "Header",
@@ -141,6 +160,7 @@ __all__ = [
     "ModelPair",
     "NativeLibraryError",
     "PairMismatchError",
+    "Perplexity",
     "Progress",
     "PromptError",
     "Route",
@@ -158,8 +178,11 @@ __all__ = [
     "Usage",
     "VerificationError",
     "__version__",
+    "calibrate",
     "convert",
     "default_pair",
+    "evaluate_divergence",
+    "evaluate_perplexity",
     "measure_memory",
     "parse_answer",
     "plan_memory",

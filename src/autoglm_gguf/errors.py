@@ -21,6 +21,7 @@ This module knows what can go wrong and what to type next; it does not know how 
     ├── CloudError               a configured cloud model gave no answer
     ├── BenchError               a measurement that could not be made, saved, drawn or read back
     ├── VerificationError        a converted model lies outside its thresholds
+    ├── EvaluationError          a text or a base file that a measurement cannot use or write
     ├── ServerError              a server that cannot listen where it was told to
     └── NativeLibraryError       llama-cpp-python is missing or not the pinned version
 """
@@ -180,6 +181,10 @@ class ServerError(AutoGLMError):
 
 class BenchError(AutoGLMError):
     """A measurement that could not be made, saved, drawn or read back."""
+
+
+class EvaluationError(AutoGLMError):
+    """A text, transcripts or a file of base logits that a measurement cannot use or write."""
 
 
 class VerificationError(AutoGLMError):

@@ -1,4 +1,4 @@
-"""``autoglm-gguf evaluate actions``: how well a model hits what it is asked to tap."""
+"""``autoglm-gguf evaluate``; ``actions``: how well a model hits what it is asked to tap."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import asdict
 
-from autoglm_gguf.cli import options, output
+from autoglm_gguf.cli import options, output, perplexity
 from autoglm_gguf.cli.plan import draw_memory
 from autoglm_gguf.evaluate.actions import IMAGE_TOKENS, N_SCREENS, Report, Score, evaluate_actions
 from autoglm_gguf.evaluate.screens import HELD_OUT_SEED
@@ -17,6 +17,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Describe the command."""
     evaluate = commands.add_parser("evaluate", help="measure what a model does right")
     kinds = evaluate.add_subparsers(required=True, metavar="WHAT")
+    perplexity.add_parsers(kinds)
     parser = kinds.add_parser(
         "actions",
         help="taps on drawn screens with known targets",

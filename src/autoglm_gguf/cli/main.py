@@ -15,7 +15,7 @@ from autoglm_gguf.cli.errors import EXIT_OK, report
 # Modules of this folder. One is imported when it is asked for: doctor runs where numpy is missing.
 _COMMANDS = (
     *("pull", "convert", "inspect", "plan", "chat", "act"),
-    *("serve", "verify", "evaluate", "bench", "doctor"),
+    *("serve", "verify", "calibrate", "evaluate", "bench", "doctor"),
 )
 
 

@@ -52,6 +52,29 @@ def add_self_test_option(parser: argparse.ArgumentParser) -> None:
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
     """MODEL and what decides how much memory it takes; what is not given, the plan chooses."""
     default = ContextParams()
+    add_pair_options(parser)
+    parser.add_argument(
+        "--token-budget",
+        type=_token_budget,
+        default=NO_TOKEN_BUDGET,
+        metavar="PARTS",
+        help="shares of the context, such as prompt=6000,image=1024,thinking=400,answer=200",
+    )
+    parser.add_argument(
+        "--n-ctx", type=int, metavar="N", help=f"context, tokens (default: {default.n_ctx})"
+    )
+    add_place_options(parser)
+    parser.add_argument(
+        "--n-draft-max",
+        type=int,
+        metavar="N",
+        help="tokens that an answer may guess from its prompt and evaluate in one batch, where "
+        f"that is faster; 0: none (default: {default.n_draft_max})",
+    )
+
+
+def add_pair_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL, its tower, and the budget."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -65,15 +88,12 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_BUDGET,
         help="for everything the process holds, such as 4GB, 4GiB or none (default: %(default)s)",
     )
-    parser.add_argument(
-        "--token-budget",
-        type=_token_budget,
-        default=NO_TOKEN_BUDGET,
-        metavar="PARTS",
-        help="shares of the context, such as prompt=6000,image=1024,thinking=400,answer=200",
-    )
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """Batch, GPU, types of the KV cache, image size."""
+    default = ContextParams()
     add = partial(parser.add_argument, default=None)
-    add("--n-ctx", type=int, metavar="N", help=f"context, tokens (default: {default.n_ctx})")
     add("--n-batch", type=int, metavar="N", help=f"tokens a batch (default: {default.n_batch})")
     add(
         "--n-gpu-layers",
@@ -100,13 +120,6 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="upper bound for one image (default: the model's own)",
-    )
-    add(
-        "--n-draft-max",
-        type=int,
-        metavar="N",
-        help="tokens that an answer may guess from its prompt and evaluate in one batch, where "
-        f"that is faster; 0: none (default: {default.n_draft_max})",
     )
 
 
@@ -203,14 +216,23 @@ def _read_text(path: str) -> str:
 
 def memory_arguments(arguments: argparse.Namespace, *, with_images: bool = True) -> dict[str, Any]:
     """The memory options as keyword arguments of `plan_memory`: only the sizes that were given."""
-    keys = (
-        *("n_ctx", "n_batch", "n_gpu_layers", "device", "offload_kqv", "mmproj_offload"),
-        *("type_k", "type_v", "max_image_tokens", "n_draft_max"),
-    )
-    chosen = {key: getattr(arguments, key) for key in keys}
-    given = {key: value for key, value in chosen.items() if value is not None}
+    given = _given(arguments, "n_ctx", "n_draft_max") | place_arguments(arguments)
     sizes = arguments.token_budget.sizes(with_images=with_images)
     return {"memory_budget": arguments.memory_budget, **sizes, **given}
+
+
+def place_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_place_options` describes, as fields of `ContextParams`: only what was given."""
+    return _given(
+        arguments,
+        *("n_batch", "n_gpu_layers", "device", "offload_kqv", "mmproj_offload"),
+        *("type_k", "type_v", "max_image_tokens"),
+    )
+
+
+def _given(arguments: argparse.Namespace, *keys: str) -> dict[str, Any]:
+    chosen = {key: getattr(arguments, key) for key in keys}
+    return {key: value for key, value in chosen.items() if value is not None}
 
 
 def find_model(arguments: argparse.Namespace) -> tuple[Any, Any]:

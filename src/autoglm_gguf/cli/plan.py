@@ -104,7 +104,11 @@ def draw_plan(plan: MemoryPlan) -> Iterator[str]:
 
 def draw_memory(model: Measured) -> Iterator[str]:
     """The plan's phases beside what is measured now."""
-    plan, usage = model.info.plan, model.memory()
+    yield from draw_usage(model.info.plan, model.memory())
+
+
+def draw_usage(plan: MemoryPlan | None, usage: MemoryUsage | None) -> Iterator[str]:
+    """A plan's phases beside a measurement."""
     yield f"{'memory':<12}{'planned':>11}{'measured':>11}"
     if plan is not None:
         for phase, n_bytes in plan.phase_bytes.items():

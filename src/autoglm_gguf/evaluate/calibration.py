@@ -1,0 +1,315 @@
+"""`calibrate`: an importance matrix, by running the model over a text or over transcripts.
+
+What llama-imatrix computes, in its GGUF format: for each weight matrix and each of its columns, the
+sum of squares of what it was multiplied with, and how many rows that were. An interrupted run
+leaves its sums under a temporary name, and the next one goes on from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from autoglm_gguf.errors import EvaluationError, GGUFError
+from autoglm_gguf.evaluate.measuring import (
+    Clock,
+    OnLoad,
+    OnPassage,
+    evaluate_whole,
+    open_measured,
+)
+from autoglm_gguf.evaluate.passages import Corpus, Passages, cut_corpus, read_corpus
+from autoglm_gguf.gguf.header import Header, read_header
+from autoglm_gguf.gguf.identity import identify_file
+from autoglm_gguf.hub import resolve_pair
+from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
+from autoglm_gguf.memory.estimate import layer_of
+from autoglm_gguf.native.nodes import InputWatch
+
+OUTFILE = "imatrix.gguf"
+_OUTPUT = "output.weight"
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+# llama.cpp, common/imatrix-loader.h
+_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = (
+    f"imatrix.{name}" for name in ("datasets", "chunk_count", "chunk_size")
+)
+_FACTS = "autoglm.calibration"
+"""In unfinished files only: what they were made from."""
+_SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What `calibrate` made."""
+
+    path: Path
+    model: str
+    corpus: str
+    n_ctx: int
+    n_passages: int
+    """Chunks, or transcripts."""
+    n_tokens: int
+    """Rows behind each sum: text tokens and image tokens."""
+    n_tensors: int
+    n_resumed: int
+    """Of the passages, those that an interrupted run had done."""
+    seconds: float
+
+
+def calibrate(
+    model: str | os.PathLike[str],
+    corpus: Corpus | str | os.PathLike[str],
+    outfile: str | os.PathLike[str] = OUTFILE,
+    *,
+    process_output: bool = False,
+    mmproj: str | os.PathLike[str] | None = "auto",
+    memory_budget: Budget = DEFAULT_BUDGET,
+    on_load: OnLoad | None = None,
+    on_passage: OnPassage | None = None,
+    **context: Any,
+) -> Calibration:
+    """Compute an importance matrix, for `convert` or llama-quantize.
+
+    Args:
+        model: A text GGUF, or a directory with one; best of 8 bits or more.
+        corpus: A file, or a `Corpus` that says how it is cut.
+        outfile: Written whole or not at all.
+        process_output: Collect for the output matrix too.
+        mmproj: The vision tower, for transcripts with images.
+        memory_budget: For everything the process holds; see `plan_memory`.
+        on_load: Told what was loaded, and how: its ``notes`` say what was made smaller.
+        on_passage: Told after each chunk or transcript.
+        **context: Fields of `ContextParams` but n_ctx, which is the corpus's; ``self_test``.
+
+    Raises:
+        ValueError, TypeError: An argument out of range.
+        EvaluationError: The corpus is missing, not UTF-8, too short or no transcripts; or the file
+            cannot be written.
+        ContextFullError: A transcript that does not fit n_ctx.
+        AutoGLMError: What `AutoGLM.load` raises; activations that are not finite.
+    """
+    corpus = (corpus if isinstance(corpus, Corpus) else Corpus(corpus)).resolved
+    assert corpus.n_ctx is not None
+    content = read_corpus(corpus)
+    header = read_header(resolve_pair(model, None)[0])
+    names = _matrices(header, process_output=process_output)
+    target = _check_target(Path(outfile))
+    # The graph ends after the last matrix: the output's logits are not asked for. Where layers are
+    # streamed it goes on, since the last one must be let go.
+    watch = InputWatch(names, last=None if process_output else names[-1])
+    with open_measured(
+        model,
+        corpus,
+        mmproj=mmproj,
+        memory_budget=memory_budget,
+        n_outputs=corpus.n_ctx,
+        watches=(watch,),
+        on_load=on_load,
+        **context,
+    ) as engine:
+        plan = engine.info.plan
+        if plan is not None and plan.places.streamed:
+            watch.go_to_the_end()
+        passages = cut_corpus(engine, corpus, content)
+        facts = [identify_file(header), _identify(passages), sorted(names)]
+        store = _Store(target, corpus, json.dumps(facts))
+        watch.begin(*store.resume())
+        clock = Clock(len(passages), on_passage, resumed=store.n_done)
+        try:
+            for index in range(store.n_done, len(passages)):
+                evaluate_whole(engine, passages.passage(index))
+                watch.check()
+                store.keep(watch)
+                clock.tick()
+        except BaseException:
+            store.save_partial()
+            raise
+        store.finish(names)
+        return Calibration(
+            target,
+            engine.info.name,
+            corpus.name,
+            engine.info.n_ctx,
+            len(passages),
+            max(watch.counts.values()),
+            len(names),
+            store.n_resumed,
+            clock.seconds,
+        )
+
+
+def write_imatrix(
+    path: Path,
+    sums: Mapping[str, NDArray[np.float64]],
+    counts: Mapping[str, int],
+    *,
+    dataset: str,
+    n_chunks: int,
+    chunk_size: int,
+    facts: str | None = None,
+) -> None:
+    """Write an importance matrix in llama.cpp's GGUF format, and sync it to the disk.
+
+    Args:
+        path: Overwritten.
+        sums: ``(n_per_row,)`` by GGUF tensor name.
+        counts: Rows in each sum.
+        dataset: Name of what the model was run over.
+        n_chunks: How many chunks that were.
+        chunk_size: Their tokens.
+        facts: Kept under a key of our own.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    writer = gguf.GGUFWriter(path, "")
+    writer.kv_data[0].clear()  # llama-imatrix's files have no general.architecture
+    writer.add_type("imatrix")
+    writer.add_array(_DATASETS, [dataset])
+    writer.add_uint32(_CHUNK_COUNT, n_chunks)
+    writer.add_uint32(_CHUNK_SIZE, chunk_size)
+    if facts is not None:
+        writer.add_string(_FACTS, facts)
+    for name in sorted(sums):
+        writer.add_tensor(name + _SUMS, sums[name].astype(np.float32))
+        writer.add_tensor(name + _COUNTS, np.array([counts[name]], np.float32))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.flush()
+    finally:
+        writer.close()
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+class _Store:
+    """The sums after the last whole passage, and where they are kept."""
+
+    def __init__(self, target: Path, corpus: Corpus, facts: str) -> None:
+        self._target, self._facts = target, facts
+        self._partial = target.with_name(f".{target.name}.partial")
+        self._corpus = corpus
+        self._sums: dict[str, NDArray[np.float64]] = {}
+        self._counts: dict[str, int] = {}
+        self.n_done = self.n_resumed = 0
+        self._saved, self._n_saved = time.monotonic(), 0
+
+    def resume(self) -> tuple[dict[str, NDArray[np.float64]], dict[str, int]]:
+        """The sums of an interrupted run of the same model, corpus and sizes, or none."""
+        with contextlib.suppress(GGUFError, OSError, ValueError):
+            header = read_header(self._partial)
+            if header.metadata.get(_FACTS) == self._facts:
+                self._read(header)
+        return self._sums, self._counts
+
+    def _read(self, header: Header) -> None:
+        raw = header.path.read_bytes()
+        for name, info in header.tensors.items():
+            values = np.frombuffer(raw, np.float32, info.n_bytes // 4, info.offset)
+            if name.endswith(_SUMS):
+                self._sums[name.removesuffix(_SUMS)] = values.astype(np.float64)
+            else:
+                self._counts[name.removesuffix(_COUNTS)] = round(float(values[0]))
+        self.n_done = self.n_resumed = self._n_saved = int(header.metadata[_CHUNK_COUNT])
+
+    def keep(self, watch: InputWatch) -> None:
+        """Take the sums after one more passage; now and then to the disk."""
+        self._sums = {name: values.copy() for name, values in watch.sums.items()}
+        self._counts = dict(watch.counts)
+        self.n_done += 1
+        if time.monotonic() - self._saved > _SAVE_SECONDS:
+            self.save_partial()
+
+    def save_partial(self) -> None:
+        """To the temporary name, if anything is new; what cannot be written is done without."""
+        if self.n_done == self._n_saved:
+            return
+        with contextlib.suppress(OSError):
+            self._write(self._partial, self._facts)
+            self._n_saved = self.n_done
+        self._saved = time.monotonic()
+
+    def finish(self, names: Sequence[str]) -> None:
+        """Write the result in the place of the temporary file.
+
+        Raises:
+            EvaluationError: It cannot be written, or a matrix was never used.
+        """
+        missing = [name for name in names if not self._counts.get(name)]
+        if missing:
+            raise EvaluationError(
+                f"{missing[0]}: no input of it was seen, nor of {len(missing) - 1} others",
+                hint="please report it, with the model's header: autoglm-gguf inspect MODEL",
+            )
+        try:
+            self._write(self._target, None)
+            self._partial.unlink(missing_ok=True)
+        except OSError as error:
+            self.save_partial()
+            raise EvaluationError(
+                f"{self._target}: cannot be written ({error.strerror or error})",
+                hint="give another --outfile, or free disk space",
+            ) from error
+
+    def _write(self, path: Path, facts: str | None) -> None:
+        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+        n_ctx = self._corpus.n_ctx
+        assert n_ctx is not None
+        try:
+            write_imatrix(
+                draft,
+                self._sums,
+                self._counts,
+                dataset=self._corpus.name,
+                n_chunks=self.n_done,
+                chunk_size=n_ctx,
+                facts=facts,
+            )
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _matrices(header: Header, *, process_output: bool) -> list[str]:
+    """The weight matrices of all layers, in the order of computation."""
+    found = [
+        tensor.name
+        for tensor in header.tensors.values()
+        if layer_of(tensor.name) is not None and len(tensor.shape) == 2
+    ]
+    found.sort(key=lambda name: (layer_of(name), name.endswith("ffn_down.weight"), name))
+    if process_output and _OUTPUT in header.tensors:
+        found.append(_OUTPUT)
+    if not found:
+        raise GGUFError(f"{header.path.name}: no weight matrices", hint="give a text model's GGUF")
+    return found
+
+
+def _identify(passages: Passages) -> str:
+    digest = sha256()
+    for passage in passages:
+        digest.update(passage.key.encode())
+    return digest.hexdigest()
+
+
+def _check_target(path: Path) -> Path:
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise EvaluationError(
+            f"{path}: cannot be written (no such folder, not writable, or a directory itself)",
+            hint="give another --outfile",
+        )
+    return path

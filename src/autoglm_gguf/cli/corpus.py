@@ -81,15 +81,10 @@ def read_options(arguments: argparse.Namespace) -> tuple[Corpus | None, dict[str
 
 
 class Watcher:
-    """Tells what was loaded and how far the work is; ``on_load`` and ``on_passage``.
+    """Tells what was loaded and how far the work is; ``on_load`` and ``on_passage``."""
 
-    Args:
-        what: Of what the value so far is: ``perplexity``.
-    """
-
-    def __init__(self, what: str = "") -> None:
-        self._what, self._live = what, sys.stderr.isatty()
-        self._told = -1
+    def __init__(self) -> None:
+        self._live, self._told = sys.stderr.isatty(), -1
         self._plan: MemoryPlan | None = None
 
     def on_load(self, info: EngineInfo) -> None:
@@ -109,7 +104,7 @@ class Watcher:
         left = f", {format_seconds(progress.seconds_left)} left"
         line = f"{progress.done} of {progress.total}"
         if progress.value is not None:
-            line += f", {self._what} {progress.value:.4g}"
+            line += f", {progress.what} {progress.value:.4g}"
         line += left if progress.done < progress.total else ""
         ends = progress.done == progress.total or not self._live
         output.note(f"\r\x1b[K{line}" if self._live else line, end="\n" if ends else "")

@@ -43,7 +43,7 @@ def run_perplexity(arguments: argparse.Namespace) -> None:
     """Measure, and print two lines."""
     corpus, given = read_options(arguments)
     assert corpus is not None
-    watcher = Watcher("perplexity")
+    watcher = Watcher()
     model, mmproj = options.find_model(arguments)
     found = evaluate_perplexity(
         model,
@@ -67,7 +67,7 @@ def run_perplexity(arguments: argparse.Namespace) -> None:
 def run_divergence(arguments: argparse.Namespace) -> None:
     """Measure, and print the spread."""
     corpus, given = read_options(arguments)
-    watcher = Watcher("value")
+    watcher = Watcher()
     model, mmproj = options.find_model(arguments)
     found = evaluate_divergence(
         model,

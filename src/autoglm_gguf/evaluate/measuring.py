@@ -43,8 +43,10 @@ class PassageProgress:
     total: int
     seconds: float
     """Since this run began."""
+    what: str = ""
+    """What ``value`` is: ``perplexity``, ``kl_divergence`` (the mean), or nothing."""
     value: float | None = None
-    """What was measured so far: perplexity, or mean KL divergence."""
+    """Of what was measured so far."""
     resumed: int = 0
     """Of ``done``, what an earlier run did; it says nothing about the speed."""
 
@@ -60,10 +62,20 @@ OnLoad = Callable[[EngineInfo], None]
 
 
 class Clock:
-    """Tells progress after each passage."""
+    """Tells progress after each passage.
 
-    def __init__(self, total: int, on_passage: OnPassage | None, *, resumed: int = 0) -> None:
-        self._total, self._on_passage, self._resumed = total, on_passage, resumed
+    Args:
+        total: Passages.
+        on_passage: Who is told.
+        what: What the values are.
+        resumed: Passages that an earlier run did.
+    """
+
+    def __init__(
+        self, total: int, on_passage: OnPassage | None, what: str = "", *, resumed: int = 0
+    ) -> None:
+        self._total, self._on_passage, self._what = total, on_passage, what
+        self._resumed = resumed
         self._began = time.monotonic()
         self._done = resumed
 
@@ -76,9 +88,8 @@ class Clock:
         """One more passage is done."""
         self._done += 1
         if self._on_passage is not None:
-            self._on_passage(
-                PassageProgress(self._done, self._total, self.seconds, value, self._resumed)
-            )
+            sizes = (self._done, self._total, self.seconds)
+            self._on_passage(PassageProgress(*sizes, self._what, value, self._resumed))
 
 
 class Measured(Reader, Protocol):

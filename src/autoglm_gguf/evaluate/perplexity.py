@@ -147,7 +147,7 @@ def measure_perplexity(
     on_passage: OnPassage | None = None,
 ) -> Perplexity:
     """`evaluate_perplexity` with an engine and passages."""
-    clock = Clock(len(passages), on_passage)
+    clock = Clock(len(passages), on_passage, "perplexity")
     if save_base is None:
         nll = np.concatenate(list(_score(engine, passages, clock)))
     else:
@@ -230,7 +230,7 @@ def measure_divergence(
     on_passage: OnPassage | None = None,
 ) -> Divergence:
     """`evaluate_divergence` with an engine and passages that `check_base` lets pass."""
-    clock = Clock(len(passages), on_passage)
+    clock = Clock(len(passages), on_passage, "kl_divergence")
     parts: list[TokenScores] = []
     with BaseRows(base) as rows:
         for passage in passages:

@@ -5,7 +5,7 @@
 FOLDER holds llama-imatrix and llama-perplexity, built from the commit that
 ``autoglm_gguf.native.library`` names, for example with
 
-    cmake -B build -DLLAMA_BUILD_SERVER=OFF vendor/llama.cpp
+    cmake -B build -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_UI=OFF vendor/llama.cpp
     cmake --build build --target llama-imatrix llama-perplexity llama-quantize
 
 ``text.txt`` is fixed: samples of autoglm-tiny's training instructions. The models are made anew.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import tempfile
 import zipfile
@@ -258,6 +259,11 @@ def test_load_refuses_another_version(saved: Path) -> None:
 def test_load_names_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert "No such file" in refuse(tmp_path / "nowhere")
     assert "directory" in refuse(tmp_path)
+
+
+def test_load_refuses_a_pipe_and_does_not_wait_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "a pipe" in refuse(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("data", [b"", b"PK", b"hello" * 99, b"PK\x05\x06" + bytes(18)])

@@ -203,6 +203,19 @@ def test_image_error_names_the_file(tmp_path: Path) -> None:
     assert caught.value.hint
 
 
+def test_image_without_room_to_be_decoded_is_refused_by_its_header() -> None:
+    data = png_that_claims(3000, 2000)
+    with pytest.raises(ImageError, match=r"3000x2000 px.* room to decode 5\.9 million") as caught:
+        read_pixels(data, PHONE, max_pixels=5_900_000)
+    assert "raise the memory budget" in str(caught.value.hint)
+    with pytest.raises(ImageError, match="not an image that can be read"):
+        read_pixels(data, PHONE, max_pixels=6_000_000)  # as far as its data, which is missing
+
+
+def test_pillow_image_needs_no_room_to_be_decoded() -> None:
+    assert read_pixels(Image.new("RGB", SIZE), PHONE, max_pixels=1).source_size == SIZE
+
+
 @pytest.mark.parametrize("size", [(10_001, 10_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
 def test_decompression_bomb_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
     began = time.perf_counter()

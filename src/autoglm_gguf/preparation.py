@@ -146,7 +146,12 @@ class _Reading:
                 f"{info.name}: takes no images" + (f" ({reason})" if reason else ""),
                 hint="load the model together with its mmproj file",
             )
-        pixels = read_pixels(source, info.vision, max_image_tokens=info.max_image_tokens)
+        pixels = read_pixels(
+            source,
+            info.vision,
+            max_image_tokens=info.max_image_tokens,
+            max_pixels=info.plan.largest_image_pixels if info.plan is not None else None,
+        )
         self._pixels[id(source)] = pixels
         return pixels
 

@@ -252,6 +252,8 @@ def read_session(path: Path, engine: Engine) -> RestoredSession:
         EngineError: llama.cpp refused the KV state.
     """
     try:
+        if path.is_fifo():  # opening it waits for ever
+            raise _BrokenError("a pipe")
         with path.open("rb") as file:
             archive = _Archive(file)
             session = _read_json(archive)

@@ -60,7 +60,11 @@ class Pixels:
 
 
 def read_pixels(
-    source: ImageSource, limits: VisionLimits, *, max_image_tokens: int | None = None
+    source: ImageSource,
+    limits: VisionLimits,
+    *,
+    max_image_tokens: int | None = None,
+    max_pixels: int | None = None,
 ) -> Pixels:
     """Decode and resize an image.
 
@@ -68,11 +72,13 @@ def read_pixels(
         source: A path, a ``data:`` URL, an encoded file's bytes, or a Pillow image.
         limits: The model's.
         max_image_tokens: A lower bound than the model's own.
+        max_pixels: What the memory budget leaves room to decode; None: no bound. A Pillow image
+            is decoded already.
 
     Raises:
         ImageError: No image, too many pixels, or an aspect ratio over 200.
     """
-    image = open_image(source)
+    image = open_image(source, max_pixels=max_pixels)
     width, height = fit_size(image.width, image.height, limits, max_image_tokens)
     from PIL import Image as PILImage
 
@@ -122,14 +128,14 @@ def fit_size(
     Raises:
         ImageError: One side is more than 200 times the other.
     """
-    factor, high = limits.factor, limits.max_pixels
+    factor, high, given = limits.factor, limits.max_pixels, (width, height)
     if max_image_tokens is not None:
         high = min(high, max_image_tokens * factor * factor * _FRAMES)
     if min(width, height) < factor:
         scale = max(factor / width, factor / height)
         width, height = int(width * scale), int(height * scale)
     if max(width, height) > _MAX_ASPECT * min(width, height):
-        raise ImageError(f"image: aspect ratio over {_MAX_ASPECT} ({width}x{height} px)")
+        raise ImageError(f"image: aspect ratio over {_MAX_ASPECT} ({given[0]}x{given[1]} px)")
     fitted = (round(width / factor) * factor, round(height / factor) * factor)
     area = _FRAMES * width * height
     if _FRAMES * fitted[0] * fitted[1] > high:
@@ -152,8 +158,12 @@ def fit_size(
     return fitted
 
 
-def open_image(source: ImageSource) -> Image:
+def open_image(source: ImageSource, *, max_pixels: int | None = None) -> Image:
     """Open an image and decode it.
+
+    Args:
+        source: See `read_pixels`.
+        max_pixels: See `read_pixels`.
 
     Raises:
         ImageError: See `read_pixels`.
@@ -166,6 +176,8 @@ def open_image(source: ImageSource) -> Image:
         image = source if isinstance(source, PILImage.Image) else PILImage.open(io.BytesIO(data))
         if not 0 < image.width * image.height <= MAX_SOURCE_PIXELS:
             raise _wrong_size(label, f"{image.width}x{image.height} px")
+        if image is not source and max_pixels is not None:
+            _check_room(label, image, max_pixels)
         image.load()
     except ImageError:
         raise
@@ -193,6 +205,15 @@ def encode_image_file(source: ImageSource) -> bytes:
     out = io.BytesIO()
     _to_rgb(open_image(source)).save(out, "PNG")
     return out.getvalue()
+
+
+def _check_room(label: str, image: Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"{label}: {image.width}x{image.height} px, and the memory budget leaves room to "
+            f"decode {max_pixels / 1e6:.1f} million",
+            hint="give a smaller image, or raise the memory budget",
+        )
 
 
 def _wrong_size(label: str, found: str) -> ImageError:

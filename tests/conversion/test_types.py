@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from autoglm_gguf.checkpoint.config import read_config
 from autoglm_gguf.checkpoint.safetensors import Shards
 from autoglm_gguf.checkpoint.tokenizer import read_vocabulary
 from autoglm_gguf.config import ContextParams
+from autoglm_gguf.conversion.imatrix import read_imatrix
 from autoglm_gguf.conversion.metadata import write_text_header
 from autoglm_gguf.conversion.recipe import OUTTYPES, Recipe, parse_outtype
 from autoglm_gguf.conversion.tensors import plan_text
@@ -173,6 +175,12 @@ def test_imatrix_of_another_model_is_refused(
     path = write_imatrix(tmp_path / "imatrix", short, legacy=False)
     with pytest.raises(GGUFError, match="made for another model"):
         convert(wide, tmp_path, "q4_K", imatrix=path)
+
+
+def test_imatrix_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(GGUFError, match="a pipe, not a file"):
+        read_imatrix(tmp_path / "pipe")
 
 
 def test_imatrix_that_is_none_is_refused(wide: Path, exact: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import time
@@ -173,6 +174,12 @@ def test_header_names_a_path_that_cannot_be_read(tmp_path: Path, name: str) -> N
     with pytest.raises(GGUFError) as caught:
         read_header(tmp_path / name)
     assert str(tmp_path / name) in caught.value.message
+
+
+def test_header_of_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(GGUFError, match="not a GGUF file"):
+        read_header(tmp_path / "pipe")
 
 
 def test_read_header_takes_a_string_path(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from builders import Shape, build_sparse_checkpoint
+from PIL import Image
 
-from autoglm_gguf import convert
+from autoglm_gguf import convert, plan_memory
 from autoglm_gguf.native import pages
 
 pytestmark = [
@@ -46,8 +47,9 @@ with AutoGLM.load(
     job["model"], mmproj="auto" if job["image"] else None, memory_budget=job["budget"], **sizes
 ) as model:
     report["load_peak_bytes"] = model.memory().peak_bytes
-    for _ in range(2 if job["image"] else 1):
+    for turn in range(2 if job["image"] else 1):
         image = Image.new("RGB", (168, 224), "red") if job["image"] else None
+        image = job["file"] if job["file"] and turn else image
         text = "a" * (1 if job["image"] else 80)
         answer = model.generate(text, image=image, max_tokens=16)
         report["tokens"].append(len(answer.tokens))
@@ -70,8 +72,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(build_sparse_checkpoint(base / "c", SHAPE), base / "out", "q8_0").text
 
 
-def run(model: Path, budget: str, *, image: bool = False) -> dict[str, Any]:
-    job = json.dumps({"model": str(model), "budget": budget, "image": image})
+def run(
+    model: Path, budget: str, *, image: bool = False, file: Path | None = None
+) -> dict[str, Any]:
+    """Run CHILD.
+
+    Args:
+        model: The text GGUF.
+        budget: What it may hold.
+        image: With the tower, and two images.
+        file: The second one.
+    """
+    path = None if file is None else str(file)
+    job = json.dumps({"model": str(model), "budget": budget, "image": image, "file": path})
     done = subprocess.run(
         [sys.executable, "-c", CHILD, job], capture_output=True, text=True, timeout=300, check=False
     )
@@ -105,6 +118,19 @@ def test_pair_larger_than_its_budget_sees_images_within_it(model: Path) -> None:
     assert report["tokens"] == [16, 16]
     assert report["peak_bytes"] < 300 * MB
     assert 0.97 * report["peak_bytes"] <= report["planned_bytes"]
+
+
+def test_largest_image_that_a_budget_leaves_room_for_is_seen_within_it(
+    model: Path, tmp_path: Path
+) -> None:
+    sizes = {"n_ctx": 512, "n_batch": 64, "n_threads": 1, "n_gpu_layers": 0}
+    most = plan_memory(model, memory_budget="300MB", **sizes).largest_image_pixels
+    assert most is not None and most > 1080 * 2400
+    screen = tmp_path / "screen.png"
+    Image.new("RGBA", (1000, most // 1000), "red").save(screen)
+    report = run(model, "300MB", image=True, file=screen)
+    assert report["tokens"] == [16, 16]
+    assert report["peak_bytes"] < 300 * MB
 
 
 def test_model_that_fits_lies_still_within_its_budget(model: Path) -> None:

@@ -80,6 +80,10 @@ def read_imatrix(path: str | Path) -> Imatrix:
     """
     path = Path(path)
     try:
+        if path.is_fifo():  # opening it waits for ever
+            raise GGUFError(
+                f"{path}: a pipe, not a file", hint="make one with: autoglm-gguf calibrate"
+            )
         with path.open("rb") as file:
             is_gguf = file.read(4) == MAGIC
     except OSError as error:

@@ -145,12 +145,11 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     try:
         size = path.stat().st_size
+        if size < 24 and not path.is_dir():  # a pipe has none, and opening one waits for ever
+            raise _no_gguf(path)
         with path.open("rb") as file:
-            if size < 24 or file.read(4) != MAGIC:
-                raise GGUFError(
-                    f"{path.name}: not a GGUF file",
-                    hint="make one with: autoglm-gguf convert CHECKPOINT --outdir DIR",
-                )
+            if file.read(4) != MAGIC:
+                raise _no_gguf(path)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(path, data, size).read()
     except FileNotFoundError as error:
@@ -159,6 +158,13 @@ def read_header(path: str | Path) -> Header:
         raise GGUFError(f"{path}: a directory, not a GGUF file") from error
     except OSError as error:
         raise GGUFError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _no_gguf(path: Path) -> GGUFError:
+    return GGUFError(
+        f"{path.name}: not a GGUF file",
+        hint="make one with: autoglm-gguf convert CHECKPOINT --outdir DIR",
+    )
 
 
 class _Reader:

@@ -23,7 +23,10 @@ FLOOR_BYTES = 72_000_000
 READ_AHEAD = "read_ahead"
 """The item for pages that are in the page cache but not yet in the process."""
 _VULKAN = "Vulkan"  # ggml-vulkan's registry name
-_SCREEN_BYTES = 1080 * 2400 * 8  # a decoded screenshot, RGBA and RGB: Pillow's pixels take 4 bytes
+DECODED_PIXEL_BYTES = 8
+"""RGBA and RGB: Pillow's pixels take 4 bytes."""
+SCREEN_BYTES = 1080 * 2400 * DECODED_PIXEL_BYTES
+"""A decoded screenshot: of each image so much is planned for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +250,7 @@ class Holding:
         n_tokens = self.image_tokens(choice.params)
         scratch = estimate.encode_bytes(self.tower, n_tokens)
         image = estimate.embedding_bytes(self.tower, n_tokens)
-        weights, screen = self.tower.weights_bytes, _SCREEN_BYTES
+        weights, screen = self.tower.weights_bytes, SCREEN_BYTES
         stays = 0 if choice.tower_on_demand else 1
         how = "loaded for each image" if choice.tower_on_demand else "resident from the first image"
         most, away = f"{n_tokens} image tokens at most", self.tower_on_device(choice.params)

@@ -26,8 +26,10 @@ from autoglm_gguf.gguf.describe import ModelDescription, describe_pair
 from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget, parse_budget
 from autoglm_gguf.memory.holding import (
+    DECODED_PIXEL_BYTES,
     FLOOR_BYTES,
     READ_AHEAD,
+    SCREEN_BYTES,
     Choice,
     Holding,
     Item,
@@ -118,6 +120,17 @@ class MemoryPlan:
         ahead = tuple(item for item in self.items if item.name != READ_AHEAD)
         sums = sum_phases(ahead)
         return max(n for phase, n in sums.items() if phase in self.phase_bytes)
+
+    @property
+    def largest_image_pixels(self) -> int | None:
+        """Pixels of the largest image that can be decoded within the budget; None: no bound.
+
+        More than the screenshot that is planned for: what the budget leaves free is used too.
+        """
+        if self.budget_bytes is None:
+            return None
+        free_bytes = max(0, self.budget_bytes - self.phase_bytes["decode"])
+        return (SCREEN_BYTES + free_bytes) // DECODED_PIXEL_BYTES
 
     @property
     def notes(self) -> tuple[str, ...]:

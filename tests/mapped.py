@@ -64,7 +64,7 @@ class MappedFile:
 
 
 def nearly_all(pages: Any) -> bool:
-    """Whether a span was read in: of pages just read, a system short of memory takes some back."""
+    """Whether a span was read in: a system may take pages back at any time (DAMON)."""
     return bool(pages.mean() > 0.9)
 
 

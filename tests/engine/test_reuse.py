@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,3 +138,34 @@ def test_conversation_with_screenshots_answers_as_fresh_sessions_do(random_pair:
             assert again.timings.prompt_n == 1
             assert again.tokens == fresh.tokens
             history[-1:] = [Message("user", "what now?"), Message("assistant", "that")]
+
+
+def test_kept_cells_change_no_logit_where_sums_are_not_rounded(
+    tiny_pair: Callable[[str], Pair],
+) -> None:
+    """f32 throughout: a wrong cell, position or embedding would show; 16 bits round more than that.
+
+    Noise as screens, each taken out of the history again, as a phone agent's client does.
+    """
+    options: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "flash_attn": False}
+    options |= {"type_k": "f32", "type_v": "f32"}
+    said: dict[str, Any] = {"max_tokens": 16, "temperature": 0.0, "logprobs": True}
+    random = np.random.default_rng(3)
+    history = [Message("system", "You operate a phone.")]
+    text, mmproj = tiny_pair("f32")
+    with (
+        AutoGLM.load(text, mmproj=mmproj, **options) as kept,
+        AutoGLM.load(text, mmproj=mmproj, **options) as fresh,
+    ):
+        for step in range(6):
+            screen = Image.fromarray(random.integers(0, 256, (224, 112, 3), np.uint8))
+            words = f"step {step}: tap the red button"
+            history.append(Message("user", (ImagePart(screen), TextPart(words))))
+            found = kept.generate(history, **said)
+            wanted = fresh.generate(history, cache_prompt=False, **said)
+            assert (found.timings.cache_n > 0, wanted.timings.cache_n) == (step > 0, 0)
+            assert found.tokens == wanted.tokens
+            assert found.logprobs is not None and wanted.logprobs is not None
+            pairs = zip(found.logprobs, wanted.logprobs, strict=True)
+            assert max(abs(a.logprob - b.logprob) for a, b in pairs) < 1e-5
+            history[-1:] = [Message("user", words), Message("assistant", found.text)]

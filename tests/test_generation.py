@@ -239,6 +239,20 @@ def test_thinking_before_an_action_is_ended_too_where_no_tag_marks_it() -> None:
     assert answer.text.startswith("hm hm hm <answer>")
 
 
+@pytest.mark.parametrize(("n_ctx", "noted"), [(399, True), (400, False)])
+def test_token_budget_that_n_ctx_does_not_hold_is_noted(n_ctx: int, noted: bool) -> None:
+    budget = TokenBudget(prompt=300, image=9000, answer=100)  # no image comes: none is counted
+    notes = AutoGLM(FakeEngine(b"!", n_ctx=n_ctx, vision=False), token_budget=budget).info.notes
+    assert notes == (
+        (
+            "token budget: its parts take 400 tokens, n_ctx is 399: turns are left out earlier, or "
+            "answers cut",
+        )
+        if noted
+        else ()
+    )
+
+
 def test_token_budget_gives_the_sizes_of_a_context() -> None:
     assert TokenBudget(3000, 1024, 200, 100).sizes() == {"n_ctx": 4324, "max_image_tokens": 1024}
     assert TokenBudget(prompt=3000).sizes() == {}

@@ -34,6 +34,19 @@ class Preparation:
     def __init__(self, engine: Engine, content_format: ContentFormat, budget: TokenBudget) -> None:
         self._engine, self._format, self._budget = engine, content_format, budget
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the token budget shares out and n_ctx does not have; empty where it has it."""
+        image = self._budget.image if self._engine.info.vision is not None else None
+        n_shared = (self._budget.prompt or 0) + (image or 0) + self._budget.n_generated
+        n_ctx = self._engine.info.n_ctx
+        if n_shared <= n_ctx:
+            return ()
+        return (
+            f"token budget: its parts take {n_shared} tokens, n_ctx is {n_ctx}: "
+            "turns are left out earlier, or answers cut",
+        )
+
     def render(self, prompt: str | Sequence[MessageLike], *, raw: bool = False) -> Prompt:
         """The prompt as the model will see it; see `AutoGLM.render`."""
         if raw:

@@ -213,7 +213,8 @@ class AutoGLM:
     @property
     def info(self) -> EngineInfo:
         """Name, sizes, stop tokens, image limits, and notes on what was chosen."""
-        return self._engine.info
+        info, more = self._engine.info, self._preparation.notes
+        return replace(info, notes=(*info.notes, *more)) if more else info
 
     @property
     def takes_images(self) -> bool:

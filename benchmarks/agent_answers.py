@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from agent_peers import Settings
 from agent_steps import conversation, make_pair
 from numpy.typing import NDArray
+from peers import Settings
 
 from autoglm_gguf import AutoGLM, Completion, plan_memory
 from autoglm_gguf.engine.llama import LlamaEngine

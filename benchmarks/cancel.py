@@ -12,25 +12,26 @@ it: each node timed by itself, the quietest of three runs. Screenshots are noise
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import signal
-import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import frame
 import numpy as np
+from frame import Measure, Record, Row
 from numpy.typing import NDArray
 from PIL import Image
 
 from autoglm_gguf import AutoGLM, plan_memory
-from autoglm_gguf.bench.process import probe_machine
 from autoglm_gguf.engine import llama as engine_module
 from autoglm_gguf.engine.base import ImageEmbedding
 from autoglm_gguf.engine.llama import LlamaEngine
@@ -41,10 +42,6 @@ from autoglm_gguf.native.mtmd import VisionTower
 
 PHASES = ("prefill", "encode", "decode")
 WAYS = ("cancel()", "Ctrl-C")
-HEAD = (
-    *("image tokens", "n_batch", "phase", "takes uncancelled", "ended by"),
-    *("median", "p95", "max", "longest node"),
-)
 GRIDS = {544: (16, 34), 1024: (32, 32)}
 N_TEXT = 512  # tokens after the image
 N_DECODED = 32
@@ -151,7 +148,7 @@ def open_engine(pair: tuple[Path, Path], n_batch: int, n_threads: int) -> Watche
 
 def find_longest(
     pair: tuple[Path, Path], n_batch: int, n_threads: int, n_image: int
-) -> dict[str, str]:
+) -> dict[str, tuple[str, float]]:
     """The longest node of each phase, name and milliseconds."""
     prefill, encode, decode = Nodes(), Nodes(), Nodes()
     TimedTower.nodes = encode
@@ -174,10 +171,8 @@ def find_longest(
             for nodes in (prefill, encode, decode):
                 nodes.end_run()
         engine.close()
-    return {
-        phase: "{1:.1f} ({0})".format(*nodes.worst())
-        for phase, nodes in zip(PHASES, (prefill, encode, decode), strict=True)
-    }
+    every = zip(PHASES, (prefill, encode, decode), strict=True)
+    return {phase: nodes.worst() for phase, nodes in every}
 
 
 def random_tokens(engine: LlamaEngine, n: int) -> list[int]:
@@ -274,64 +269,61 @@ class Bench:
 # ---- the table
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The smallest value that so large a share does not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(np.ceil(share * len(ordered))) - 1)]
+def open_record(arguments: argparse.Namespace, pair: tuple[Path, Path]) -> Record:
+    sizes = " and ".join(frame.figure(path.stat().st_size, "B") for path in pair)
+    settings = {
+        "model": f"{pair[0].name} and {pair[1].name} ({sizes})",
+        "n_threads": arguments.threads,
+        "prompt": f"an image and {N_TEXT} tokens of text or a few more",
+        "moments": "random",
+    }
+    measures = [
+        Measure("ended_ms", "ended after", "ms"),
+        Measure("p95_ms", "p95", "ms"),
+        Measure("whole_ms", "takes uncancelled", "ms"),
+        Measure("node_ms", "longest node", "ms"),
+    ]
+    return frame.begin("cancel", "How long an answer goes on", measures, {}, settings)
 
 
-def row(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
-def introduce(arguments: argparse.Namespace, pair: tuple[Path, Path]) -> str:
-    machine, versions, _ = probe_machine(None)
-    sizes = ", ".join(f"{path.stat().st_size / 1e9:.2f} GB" for path in pair)
-    return (
-        f"`benchmarks/cancel.py`. Machine: {machine.n_cores} cores ({machine.cpu}); "
-        f"llama-cpp-python {versions.llama_cpp_python}. Model: {pair[0].name} and {pair[1].name} "
-        f"({sizes}), {arguments.threads} threads, {arguments.repeats} cancels each at random "
-        f"moments; prompt of one image and {N_TEXT} tokens of text or a few more. Milliseconds.\n"
-    )
+def fill(bench: Bench, row: Row, phase: str, way: str, n_repeats: int) -> None:
+    """Cancel a phase in one way, again and again."""
+    for n in range(n_repeats):
+        row.turns.append({"ended_ms": frame.rounded(1000 * bench.cancel(phase, way))})
+        frame.tell(f"{row.label} {n + 1}: {row.turns[-1]['ended_ms']:.1f} ms")
+    row.turns[0]["p95_ms"] = frame.percentile(row.values("ended_ms"), 0.95)
+    row.turns[0]["whole_ms"] = frame.rounded(1000 * bench.spans[phase])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    frame.add_options(parser, repeats=30)
     parser.add_argument("model", type=Path)
     parser.add_argument("--image-tokens", type=int, nargs="+", default=[544, 1024], choices=GRIDS)
     parser.add_argument("--n-batch", type=int, nargs="+", default=[512, 256, 128])
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     pair = resolve_pair(arguments.model, "auto")
-    print(introduce(arguments, pair))
-    print(row(HEAD))
-    print(row(["---"] * len(HEAD)), flush=True)
-    for n_image in arguments.image_tokens:
-        for n_batch in arguments.n_batch:
+    record = open_record(arguments, pair)
+    with frame.until_interrupted(record):
+        for n_image, n_batch in itertools.product(arguments.image_tokens, arguments.n_batch):
             longest = find_longest(pair, n_batch, arguments.threads, n_image)
             engine = open_engine(pair, n_batch, arguments.threads)
             bench = Bench(engine, n_image, seed=n_image + n_batch)
-            for phase in arguments.phases:
+            for phase, way in itertools.product(arguments.phases, arguments.ways):
                 if phase != "prefill" and n_batch != arguments.n_batch[0]:
                     continue  # the vision tower and single tokens know no batches
-                for way in arguments.ways:
-                    found = []
-                    for n in range(arguments.repeats):
-                        found.append(1000 * bench.cancel(phase, way))
-                        print(f"{phase} {way} {n + 1}: {found[-1]:.1f} ms", file=sys.stderr)
-                    figures = [statistics.median(found), percentile(found, 0.95), max(found)]
-                    print(
-                        row(
-                            [n_image, n_batch, phase, f"{1000 * bench.spans[phase]:.0f}", way]
-                            + [f"{figure:.1f}" for figure in figures]
-                            + [longest[phase]]
-                        ),
-                        flush=True,
-                    )
+                label = f"{n_image} image tokens, n_batch {n_batch}, {phase}, {way}"
+                record.rows.append(Row(label, label))
+                fill(bench, record.rows[-1], phase, way, arguments.repeats)
+                name, milliseconds = longest[phase]
+                record.rows[-1].turns[0]["node_ms"] = frame.rounded(milliseconds)
+                record.rows[-1].facts["longest node"] = name
+                frame.keeper(record, arguments.json)()
             bench.close()
+    frame.finish(record, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,44 @@
 """Conversion against upstream's two steps, in the same run, on the same disk, from a cold cache.
 
-    python benchmarks/convert.py --work DIR --upstream LLAMA_CPP_DIR [--size 1.7b] [--repeats 3]
-    python benchmarks/convert.py --work DIR --size 9b --repeats 1
+    python benchmarks/convert.py --work DIR [--size 1.7b] [--repeats 3]
+    python benchmarks/convert.py --work DIR --size 9b --only ours,disk --repeats 1
 
 The first compares with ``convert_hf_to_gguf.py`` (to bf16) and ``llama_model_quantize`` (to q4_0)
-plus its mmproj step; LLAMA_CPP_DIR is ``vendor/llama.cpp`` of the pinned llama-cpp-python's sdist
-and needs torch. The second measures against the disk alone: reading the source once and writing the
-result once. All times end when the result is on the disk (``sync``). Writes JSON to stdout.
+plus its mmproj step; it needs torch and llama.cpp's sources (``build_peers.sh`` unpacks them,
+--upstream names others). Reading the source once and writing the result once is the disk's own
+time, the third row: no converter can be faster. All times end when the result is on the disk
+(``sync``). Caches are dropped before each, the whole system's where that is allowed. Prints
+Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from random_checkpoint import build
+import frame
+from frame import Measure
+from peers import PeerError, find_upstream, require
+from random_checkpoint import find_or_build
 
+LABELS = {
+    "ours": "autoglm-gguf",
+    "upstream": "upstream: convert to bf16, quantise, mmproj",
+    "disk": "the disk: read the source, write the result",
+}
+MEASURES = [
+    Measure("seconds", "time", "s", more=False),
+    Measure("anonymous_bytes", "peak anonymous", "B", more=False),
+    Measure("rss_bytes", "peak RSS", "B", more=False),
+]
 OURS = """
 import sys
 from autoglm_gguf import convert
@@ -99,7 +112,7 @@ def run_step(*command: str) -> dict[str, Any]:
     _, errors = process.communicate()
     peaks = sampler.stop()
     if process.returncode:
-        sys.exit(f"a step failed:\n{errors.decode()[-2000:]}")
+        raise PeerError(f"a step failed: {errors.decode()[-400:]}")
     os.sync()
     return {"seconds": time.perf_counter() - began, **peaks}
 
@@ -121,13 +134,12 @@ def run_upstream(checkpoint: Path, out: Path, upstream: Path) -> dict[str, Any]:
         "seconds": sum(step["seconds"] for step in steps),
         "rss_bytes": max(step["rss_bytes"] for step in steps),
         "anonymous_bytes": max(step["anonymous_bytes"] for step in steps),
-        "steps_seconds": [round(step["seconds"], 2) for step in steps],
+        **{f"step_{n}_seconds": step["seconds"] for n, step in enumerate(steps, 1)},
     }
 
 
 def time_disk(checkpoint: Path, out: Path, n_bytes: int) -> dict[str, float]:
     """Seconds to read the source once, cold, and to write the result's size once, synced."""
-    drop_caches(checkpoint)
     buffer = bytearray(1 << 24)
     began = time.perf_counter()
     for path in sorted(checkpoint.glob("*.safetensors")):
@@ -144,64 +156,59 @@ def time_disk(checkpoint: Path, out: Path, n_bytes: int) -> dict[str, float]:
         os.fsync(file.fileno())
     os.sync()
     write = time.perf_counter() - began
-    (out / "written").unlink()
-    return {"read_seconds": read, "write_seconds": write}
+    return {"seconds": read + write, "read_seconds": read, "write_seconds": write}
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    seconds = [run["seconds"] for run in runs]
-    return {
-        "median_seconds": round(statistics.median(seconds), 2),
-        "spread_seconds": [round(min(seconds), 2), round(max(seconds), 2)],
-        "peak_rss_bytes": max(run["rss_bytes"] for run in runs),
-        "peak_anonymous_bytes": max(run["anonymous_bytes"] for run in runs),
-        "runs": runs,
-    }
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    frame.add_options(parser, repeats=3)
+    parser.add_argument("--work", type=Path, required=True, help="a directory on the disk to use")
+    parser.add_argument("--size", choices=["0.4b", "1.7b", "9b"], default="1.7b")
+    parser.add_argument(
+        "--upstream", type=Path, help="llama.cpp's sources, if not build_peers.sh's"
+    )
+    frame.add_rows_option(parser, LABELS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--work", type=Path, required=True, help="a directory on the disk to use")
-    parser.add_argument("--size", choices=["1.7b", "9b"], default="1.7b")
-    parser.add_argument("--upstream", type=Path, help="llama.cpp's sources; without it, disk only")
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-
-    checkpoint = arguments.work / f"random-{arguments.size}"
-    if not (checkpoint / "model.safetensors.index.json").exists():
-        build(checkpoint, arguments.size)
-    source_bytes = sum(p.stat().st_size for p in checkpoint.glob("*.safetensors"))
+    arguments = parse_arguments()
+    checkpoint = find_or_build(arguments.work, arguments.size)
     out = arguments.work / "out"
-    ours: list[dict[str, Any]] = []
-    theirs: list[dict[str, Any]] = []
-    disk: list[dict[str, float]] = []
-    result_bytes = 0
-    for _ in range(arguments.repeats):
-        drop_caches(checkpoint)
-        ours.append(run_ours(checkpoint, out / "ours", "q4_0"))
-        result_bytes = sum(p.stat().st_size for p in (out / "ours").glob("*.gguf"))
-        shutil.rmtree(out)
-        if arguments.upstream is not None:
+    written: list[int] = []
+
+    def ours() -> Mapping[str, float]:
+        found = run_ours(checkpoint, out, "q4_0")
+        written.append(sum(path.stat().st_size for path in out.glob("*.gguf")))
+        return found
+
+    def upstream() -> Mapping[str, float]:
+        require("torch", "transformers")
+        return run_upstream(checkpoint, out, find_upstream(arguments.upstream))
+
+    def disk() -> Mapping[str, float]:
+        if not written:
+            raise PeerError("not measured: what ours writes is not known")
+        return time_disk(checkpoint, out, written[0])
+
+    def cold(work: Callable[[], Mapping[str, float]]) -> Callable[[int], Mapping[str, float]]:
+        def run(_: int) -> Mapping[str, float]:
             drop_caches(checkpoint)
-            theirs.append(run_upstream(checkpoint, out / "theirs", arguments.upstream))
-            shutil.rmtree(out)
-        disk.append(time_disk(checkpoint, out, result_bytes))
-        shutil.rmtree(out)
-    report: dict[str, Any] = {
-        "command": " ".join(sys.argv),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "source_bytes": source_bytes,
-        "result_bytes": result_bytes,
-        "ours": summary(ours),
-        "disk": disk,
-    }
-    limit = statistics.median(d["read_seconds"] + d["write_seconds"] for d in disk)
-    report["times_the_disk"] = round(report["ours"]["median_seconds"] / limit, 2)
-    if theirs:
-        report["upstream"] = summary(theirs)
-        ratio = report["upstream"]["median_seconds"] / report["ours"]["median_seconds"]
-        report["times_faster_than_upstream"] = round(ratio, 2)
-    print(json.dumps(report, indent=2))
+            try:
+                return work()
+            finally:
+                shutil.rmtree(out, ignore_errors=True)
+
+        return run
+
+    n_bytes = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    shown = {"source": f"{frame.figure(n_bytes, 'B')} bf16", "result": "q4_0, mmproj f16"}
+    title = f"Conversion, {arguments.size}"
+    labels = {name: LABELS[name] for name in arguments.only}
+    packages = ["torch", "transformers"] if "upstream" in arguments.only else []
+    record = frame.begin(f"convert-{arguments.size}", title, MEASURES, labels, shown, packages)
+    works = {"ours": ours, "upstream": upstream, "disk": disk}
+    frame.run_turns(record, {name: cold(works[name]) for name in arguments.only}, arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a fit buys: KL divergence and hit rate of fitted files beside every uniform type.
 
-    python benchmarks/fit.py [--transcripts 120] [--screens 50] [--out FILE.json]
+    python benchmarks/fit.py [--transcripts 120] [--screens 50] [--json FILE]
 
 Converts models/autoglm-tiny, and measures on its held-out instructions and held-out drawn screens
 against its own f32 file: KL divergence over all tokens of the transcripts, over the answers' tokens
@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import frame
 
 from autoglm_gguf import AutoGLM, Fit, convert
 from autoglm_gguf.conversion.recipe import OUTTYPES
@@ -147,7 +149,7 @@ def print_row(row: dict[str, Any], note: str = "") -> None:
         f"{row['hits']:.0%}",
         note,
     )
-    print("|", " | ".join(cells), "|", flush=True)
+    print(frame.line(cells), flush=True)
 
 
 def main() -> None:
@@ -158,13 +160,22 @@ def main() -> None:
         "--budgets", default="q3_K,q4_0,q4_K,q5_0,iq3_xxs", help="types whose sizes"
     )
     parser.add_argument("--prefer", default="quality", help="quality,speed")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(Path(directory), arguments.transcripts, arguments.screens)
-        print("| type | imatrix | MB | KL, all tokens | KL, answers | same top | hits | beats |")
-        print("|---|---|---|---|---|---|---|---|")
+        head = (
+            "type",
+            "imatrix",
+            "MB",
+            "KL, all tokens",
+            "KL, answers",
+            "same top",
+            "hits",
+            "beats",
+        )
+        print(frame.table(head, []))
         files = {
             (outtype, imatrix): text
             for outtype, imatrix in itertools.product(UNIFORM, (False, True))
@@ -189,8 +200,8 @@ def main() -> None:
                 lost = [other["name"] for other in rivals if row["kl"] >= other["kl"]]
                 rows.append(row)
                 print_row(row, ", ".join(beaten) + (f"; not {', '.join(lost)}" if lost else ""))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(rows, indent=1))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ guesses are worth. Prefill is not counted. With one thread CPU time is taken, so
 the machine counts less; with more, only a quiet machine gives figures.
 
     python benchmarks/lookup.py                                   # autoglm-tiny, its own answers
-    python benchmarks/lookup.py MODEL.gguf [--turns 5] [--memory-budget SIZE] [--n-draft-max N]
+    python benchmarks/lookup.py MODEL.gguf [--repeats 5] [--memory-budget SIZE] [--n-draft-max N]
 
 What is answered, by name (``--case``):
 
@@ -34,7 +34,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import frame
 import numpy as np
+from frame import Measure, Row
 from numpy.typing import NDArray
 
 from autoglm_gguf.config import SamplingParams
@@ -201,14 +203,13 @@ def answer(
         return collect(run.chunks()).timings
 
 
-def measure(engine: LedEngine, name: str, arguments: argparse.Namespace) -> str:
-    """A row of the table: the ratio of median times, and that of each turn."""
-    jobs = list(CASES[name](engine, arguments.answers))
+def measure(engine: LedEngine, row: Row, arguments: argparse.Namespace) -> None:
+    """Each turn's ratio of times, then that of the median times, and what became of the guesses."""
+    jobs = list(CASES[row.name](engine, arguments.answers))
     clock = time.thread_time if arguments.threads == 1 else time.perf_counter
     spent: dict[tuple[bool, int], list[float]] = {}
     n_drafts = n_right = n_tokens = 0
-    ratios: list[float] = []
-    for turn in range(arguments.turns):
+    for turn in range(arguments.repeats):
         profit = Profit()
         for at, job in enumerate(jobs):
             for drafts in (False, True) if (turn + at) % 2 == 0 else (True, False):
@@ -217,15 +218,16 @@ def measure(engine: LedEngine, name: str, arguments: argparse.Namespace) -> str:
                 n_tokens += timings.predicted_n * drafts
                 n_drafts += timings.draft_n
                 n_right += timings.draft_n_accepted
-        ratios.append(_total(spent, drafts=False, turn=-1) / _total(spent, drafts=True, turn=-1))
-        print(f"{name}, turn {turn + 1}: {ratios[-1]:.3f}", file=sys.stderr, flush=True)
+        ratio = _total(spent, drafts=False, turn=-1) / _total(spent, drafts=True, turn=-1)
+        row.turns.append({"by_turn": frame.rounded(ratio)})
+        frame.tell(f"{row.name}, turn {turn + 1}: {ratio:.3f}")
     middle = {key: [statistics.median(times)] for key, times in spent.items()}
-    whole = _total(middle, drafts=False) / _total(middle, drafts=True)
-    return (
-        f"| {name} | {n_tokens // arguments.turns} | {whole:.3f} | {statistics.median(ratios):.3f} "
-        f"({min(ratios):.3f} to {max(ratios):.3f}) | {n_right / n_tokens:.2f} | "
-        f"{n_right} of {n_drafts} |"
-    )
+    row.turns[0] |= {
+        "whole": frame.rounded(_total(middle, drafts=False) / _total(middle, drafts=True)),
+        "tokens": n_tokens // arguments.repeats,
+        "guessed": frame.rounded(n_right / n_tokens),
+        "drafts": n_drafts,
+    }
 
 
 def _total(spent: dict[tuple[bool, int], list[float]], *, drafts: bool, turn: int = 0) -> float:
@@ -234,10 +236,10 @@ def _total(spent: dict[tuple[bool, int], list[float]], *, drafts: bool, turn: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    frame.add_options(parser, repeats=3)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--case", action="append", choices=CASES)
-    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--answers", type=int, default=7, help="a turn")
     parser.add_argument("--n-draft", type=int, help="always so many, not as many as pay")
     parser.add_argument("--n-draft-max", type=int, default=7)
@@ -249,12 +251,25 @@ def main() -> None:
     sizes = {"n_ctx": 4096, "n_draft_max": arguments.n_draft_max, "n_threads": arguments.threads}
     plan = plan_memory(path, mmproj=None, memory_budget=arguments.memory_budget, **sizes)
     engine = LedEngine(path, None, plan.context, plan=plan)
-    print(f"{path.name}, {plan.weights}, {arguments.turns} turns\n")
-    print("| answers | tokens a turn | speed with / without | by turn | guessed of all | drafts |")
-    print("|---|---|---|---|---|---|")
-    for name in cases:
-        print(measure(engine, name, arguments), flush=True)
+    measures = [
+        Measure("whole", "speed with guesses / without"),
+        Measure("by_turn", "by turn"),
+        Measure("tokens", "tokens a turn"),
+        Measure("guessed", "guessed rightly, of all"),
+        Measure("drafts", "guesses"),
+    ]
+    settings = {
+        "model": path.name,
+        "weights": plan.weights,
+        "n_threads": arguments.threads or "all",
+    }
+    labels = {name: name for name in cases}
+    record = frame.begin("lookup", "Prompt lookup", measures, labels, settings)
+    with frame.until_interrupted(record):
+        for row in record.rows:
+            measure(engine, row, arguments)
     engine.close()
+    frame.finish(record, arguments.json)
 
 
 if __name__ == "__main__":

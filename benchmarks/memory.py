@@ -10,114 +10,34 @@ second screenshot, keeping the KV cache; ``--cgroup`` does it inside a memory co
 budget's size (version 1 or 2, root only), caches dropped first. ``streaming`` compares tokens per
 second of the planned run with plain mmap, interleaved: inside such a group, cold, and outside,
 cached. Pairs of the 9B's shape come from ``random_checkpoint.py 9b`` and ``autoglm-gguf convert``.
-Linux only. Writes JSON to stdout.
+Linux only. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import frame
+from agent_steps import make_pair
+from frame import Measure, Row
+
 SCREEN = (1080, 2400)
 GROUP = "autoglm-bench"
+CHILD = Path(__file__).with_name("memory_child.py")
 
 
-# ---- in the measured process
-
-
-def child_run(job: dict[str, Any]) -> dict[str, Any]:
-    """Load a pair as planned, show it images, make tokens; what was planned and what was held."""
-    from autoglm_gguf.config import ContextParams, SamplingParams
-    from autoglm_gguf.engine.llama import LlamaEngine
-    from autoglm_gguf.gguf.describe import describe_pair
-    from autoglm_gguf.hub import resolve_pair
-    from autoglm_gguf.memory.budget import parse_budget
-    from autoglm_gguf.memory.measure import measure_memory
-    from autoglm_gguf.memory.plan import plan_pair
-    from autoglm_gguf.vision import read_pixels
-
-    text, tower = resolve_pair(job["model"], "auto" if job["images"] else None)
-    before = measure_memory()
-    context = job["context"]
-    # Not plan_memory: plain mmap must be let run where the plan knows better.
-    plan = plan_pair(
-        describe_pair(text, tower),
-        ContextParams(**context),
-        parse_budget(job["budget"]),
-        fixed=frozenset(context),
-        held_bytes=before.total_bytes,
-    )
-    if job.get("plain"):
-        from dataclasses import replace
-
-        plan = replace(plan, weights="mapped")
-    began = time.perf_counter()
-    engine = LlamaEngine(text, tower, plan.context, plan=plan)
-    report: dict[str, Any] = {"load_s": time.perf_counter() - began, "peaks": {}}
-    report["peaks"]["load"] = measure_memory().peak_bytes
-    n_prompt = job.get("prompt", 5)
-    for at in range(0, n_prompt, engine.n_batch):
-        engine.eval_tokens([1 + n % 500 for n in range(at, min(n_prompt, at + engine.n_batch))])
-    for number in range(job["images"]):
-        limits, most = engine.info.vision, engine.info.max_image_tokens
-        pixels = read_pixels(job["screens"][number], limits, max_image_tokens=most)
-        began = time.perf_counter()
-        image = engine.encode_image(pixels.array, pixels.grid)
-        report[f"encode_{number}_s"] = time.perf_counter() - began
-        report["peaks"][f"encode_{number}"] = measure_memory().peak_bytes
-        began = time.perf_counter()
-        del pixels
-        engine.eval_image(image)
-        report[f"eval_image_{number}_s"] = time.perf_counter() - began
-        report["image_tokens"] = image.n_tokens
-        del image
-        report[f"tokens_per_second_{number}"] = _generate(engine, SamplingParams(), job["tokens"])
-    if not job["images"]:
-        seconds = []
-        for n in range(job["tokens"]):
-            began = time.perf_counter()
-            engine.eval_tokens([100 + n])
-            seconds.append(time.perf_counter() - began)
-        report["tokens_per_second"] = len(seconds) / sum(seconds)
-        report["token_seconds"] = [round(s, 3) for s in seconds]
-    usage = measure_memory()
-    report |= {
-        "peak_bytes": usage.peak_bytes,
-        "anonymous_bytes": usage.anonymous_bytes,
-        "mapped_bytes": usage.mapped_bytes,
-        "planned_bytes": plan.peak_bytes,
-        "planned_phases": plan.phase_bytes,
-        "budget_bytes": plan.budget_bytes,
-        "weights": plan.weights,
-        "places": [len(getattr(plan.places, kind)) for kind in ("copied", "streamed", "yielding")],
-        "tower": plan.tower,
-        "streamed_bytes": plan.streamed_bytes,
-        "n_batch": plan.context.n_batch,
-        "type_k": plan.context.type_k,
-    }
-    return report
-
-
-def _generate(engine: Any, sampling: Any, n_tokens: int) -> float:
-    sampler = engine.open_sampler(sampling)
-    began = time.perf_counter()
-    for _ in range(n_tokens):
-        engine.eval_tokens([sampler.sample()])
-    sampler.close()
-    return n_tokens / (time.perf_counter() - began)
-
-
-# ---- around it
+# ---- the measured process
 
 
 def run_child(job: dict[str, Any], group: Group | None = None) -> dict[str, Any]:
@@ -131,14 +51,15 @@ def run_child(job: dict[str, Any], group: Group | None = None) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         job["screens"] = [str(draw_screen(Path(folder), n)) for n in range(job["images"])]
         process = subprocess.run(
-            [sys.executable, __file__, "child", json.dumps(job)],
+            [sys.executable, str(CHILD), json.dumps(job)],
             capture_output=True,
             preexec_fn=enter,
             check=False,
         )
     if process.returncode:
         killed = " (killed)" if process.returncode == -9 else ""
-        return {"failed": f"exit {process.returncode}{killed}: {process.stderr.decode()[-300:]}"}
+        why = f"exit status {process.returncode}{killed}: {process.stderr.decode()[-300:]}"
+        raise frame.RowError(why)
     report: dict[str, Any] = json.loads(process.stdout)
     return report
 
@@ -223,25 +144,23 @@ def disk_bytes_per_second(path: Path) -> float:
 # ---- commands
 
 
-def estimates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def estimates(arguments: argparse.Namespace) -> None:
     """At least 24 combinations of size, type, context, image, levers."""
-    from random_checkpoint import build
-
-    from autoglm_gguf import convert
-
-    rows: list[dict[str, Any]] = []
-    for size in arguments.sizes.split(","):
-        source = arguments.work / f"random-{size}"
-        if not (source / "model.safetensors.index.json").exists():
-            build(source, size)
-        for outtype in arguments.outtypes.split(","):
-            out = arguments.work / f"{size}-{outtype}"
-            if not out.exists():
-                convert(source, out, outtype, mmproj_outtype="q8_0", name="model")
-            for job in combinations(out):
-                rows.append(compare(size, outtype, job))
-                print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+    measures = [
+        Measure("planned_bytes", "planned", "B"),
+        Measure("peak_bytes", "measured", "B"),
+        Measure("error_percent", "error, %"),
+    ]
+    sizes, outtypes = arguments.sizes.split(","), arguments.outtypes.split(",")
+    name = "-".join(["memory-estimates", *sizes])
+    record = frame.begin(name, f"Estimates, {' and '.join(sizes)}", measures, {}, {})
+    with frame.until_interrupted(record):
+        for size, outtype in itertools.product(sizes, outtypes):
+            text, _ = make_pair(arguments.work, size, outtype)
+            for job in combinations(text.parent):
+                record.rows.append(compare(size, outtype, job))
+                frame.keeper(record, arguments.json)()
+    frame.finish(record, arguments.json)
 
 
 def combinations(out: Path) -> list[dict[str, Any]]:
@@ -264,19 +183,25 @@ def combinations(out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def compare(size: str, outtype: str, job: dict[str, Any]) -> dict[str, Any]:
-    report = run_child(job)
-    row = {"size": size, "outtype": outtype, "budget": job["budget"], **job["context"]}
-    row["images"] = job.get("images", 0)
-    if "failed" in report:
-        return {**row, **report}
-    keys = ("weights", "tower", "places", "planned_bytes", "peak_bytes")
-    row |= {key: report[key] for key in keys}
-    row["error_percent"] = round(100 * (report["planned_bytes"] / report["peak_bytes"] - 1), 1)
+def compare(size: str, outtype: str, job: dict[str, Any]) -> Row:
+    """One combination as a row."""
+    budget = job["budget"]
+    given = ", ".join(f"{key} {value}" for key, value in job["context"].items())
+    told = budget if isinstance(budget, str) else frame.figure(budget, "B")
+    label = f"{size}, {outtype}, {given}, images {job.get('images', 0)}, budget {told}"
+    row = Row(label, label)
+    report = frame.attempt(row, lambda: run_child(job))
+    if report is not None:
+        error = 100 * (report["planned_bytes"] / report["peak_bytes"] - 1)
+        figures = {key: report[key] for key in ("planned_bytes", "peak_bytes")}
+        row.turns.append({**figures, "error_percent": round(error, 1)})
+        row.facts = {key: report[key] for key in ("weights", "tower", "places")}
+        frame.tell(f"{label}: {report['weights']}, {error:+.1f} %")
     return row
 
 
-def phone(arguments: argparse.Namespace) -> dict[str, Any]:
+def phone(arguments: argparse.Namespace) -> None:
+    """Two screenshots in one session."""
     job = {
         "model": str(arguments.pair),
         "images": 2,
@@ -285,79 +210,108 @@ def phone(arguments: argparse.Namespace) -> dict[str, Any]:
         "budget": arguments.budget,
         "context": {"n_ctx": 4096, "max_image_tokens": 1024},
     }
-    if not arguments.cgroup:
-        return run_child(job)
-    from autoglm_gguf.units import parse_bytes
+    measures = [
+        Measure("planned_bytes", "planned", "B"),
+        Measure("peak_bytes", "measured", "B"),
+        Measure("encode_0_s", "encode", "s"),
+        Measure("eval_image_0_s", "prefill of the image", "s"),
+        Measure("tokens_per_second_0", "tok/s"),
+        Measure("tokens_per_second_1", "tok/s, second"),
+    ]
+    where = "in a memory control group of the budget's size" if arguments.cgroup else "unbounded"
+    settings = {"budget": arguments.budget, "where": where, **job["context"]}
+    text = next(path.name for path in arguments.pair.glob("*.gguf") if "mmproj" not in path.name)
+    name = f"memory-phone-{Path(text).stem}"
+    record = frame.begin(name, "Memory of a phone's session", measures, {"ours": text}, settings)
 
-    with cold_group(parse_bytes(arguments.budget)) as group:
-        report = run_child(job, group)
-        return report | {"group": group.figures()}
+    def run(_: int) -> dict[str, float]:
+        report = measure()
+        row = record.row("ours")
+        row.facts = {key: value for key, value in report.items() if not isinstance(value, float)}
+        return {m.key: report[m.key] for m in measures}
+
+    def measure() -> dict[str, Any]:
+        if not arguments.cgroup:
+            return run_child(job)
+        from autoglm_gguf.units import parse_bytes
+
+        with cold_group(parse_bytes(arguments.budget)) as group:
+            report = run_child(job, group)
+            return report | {"group": group.figures()}
+
+    frame.run_turns(record, {"ours": run}, arguments)
 
 
-def streaming(arguments: argparse.Namespace) -> dict[str, Any]:
+def streaming(arguments: argparse.Namespace) -> None:
+    """Tokens per second of the planned run and of plain mmap."""
     from autoglm_gguf.units import parse_bytes
 
     limit = parse_bytes(arguments.budget)
-    planned = {"model": str(arguments.text), "budget": arguments.budget, "tokens": 12}
-    plain = {"model": str(arguments.text), "budget": "none", "plain": True, "tokens": 6}
-    runs: dict[str, list[Any]] = {
-        name: [] for name in ("disk", "cold", "cold_plain", "cached", "cached_plain")
+    jobs: dict[str, dict[str, Any]] = {
+        "ours": {"budget": arguments.budget, "tokens": 12},
+        "plain": {"budget": "none", "plain": True, "tokens": 6},
     }
-    for _ in range(arguments.repeats):
-        runs["disk"].append(disk_bytes_per_second(arguments.text))
-        for name, job in (("cold", planned), ("cold_plain", plain)):
+    measures = [
+        Measure("cold", "in the group, cold, tok/s", more=True),
+        Measure("cached", "outside, in the page cache, tok/s", more=True),
+        Measure("cold_peak_bytes", "peak in the group", "B"),
+        Measure("cached_peak_bytes", "peak outside", "B"),
+        Measure("disk_bytes_per_second", "the disk's own, a second", "B"),
+    ]
+    labels = {"ours": "streamed, as planned", "plain": "plain mmap"}
+    settings = {"file": arguments.text.name, "budget": arguments.budget}
+    record = frame.begin(
+        "memory-streaming", "Streamed weights against plain mmap", measures, labels, settings
+    )
+
+    def runner(name: str) -> Callable[[int], dict[str, float]]:
+        job = {"model": str(arguments.text), **jobs[name]}
+
+        def run(_: int) -> dict[str, float]:
+            speed = disk_bytes_per_second(arguments.text)
             with cold_group(limit) as group:
-                report = run_child(job, group)
-                runs[name].append(report | {"group": group.figures()})
-            print(name, runs[name][-1], file=sys.stderr, flush=True)
-        runs["disk"].append(disk_bytes_per_second(arguments.text))
-        for name, job in (("cached", planned), ("cached_plain", plain)):
-            runs[name].append(run_child(job))
-            print(name, runs[name][-1], file=sys.stderr, flush=True)
-    speeds = {
-        name: [round(run["tokens_per_second"], 3) for run in found]
-        for name, found in runs.items()
-        if name != "disk"
-    }
-    middle = {name: statistics.median(values) for name, values in speeds.items()}
-    disk = statistics.median(runs["disk"])
-    limit_tokens = disk / runs["cold"][0]["streamed_bytes"]
-    return {
-        "tokens_per_second": speeds,
-        "disk_bytes_per_second": [round(speed) for speed in runs["disk"]],
-        "cold_times_plain": round(middle["cold"] / middle["cold_plain"], 2),
-        "cold_share_of_disk_limit": round(middle["cold"] / limit_tokens, 2),
-        "cached_share_of_plain": round(middle["cached"] / middle["cached_plain"], 2),
-        "runs": runs,
-    }
+                cold = run_child(job, group)
+                record.row(name).facts["group"] = group.figures()
+            disk_bytes_per_second(arguments.text)  # puts the file into the page cache
+            cached = run_child(job)
+            if cached["streamed_bytes"]:
+                record.row(name).facts["streamed_bytes"] = cached["streamed_bytes"]
+            return {
+                "cold": cold["tokens_per_second"],
+                "cached": cached["tokens_per_second"],
+                "cold_peak_bytes": cold["peak_bytes"],
+                "cached_peak_bytes": cached["peak_bytes"],
+                "disk_bytes_per_second": round(speed),
+            }
+
+        return run
+
+    frame.run_turns(record, {name: runner(name) for name in labels}, arguments)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["child"]:
-        print(json.dumps(child_run(json.loads(sys.argv[2]))))
-        return
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("estimates")
+    frame.add_options(command, repeats=1)
     command.add_argument("--work", type=Path, required=True)
     command.add_argument("--sizes", default="0.4b,1.7b")
     command.add_argument("--outtypes", default="q8_0,q4_0")
     command.set_defaults(run=estimates)
     command = commands.add_parser("phone")
+    frame.add_options(command, repeats=1)
     command.add_argument("--pair", type=Path, required=True, help="a directory with the GGUF pair")
     command.add_argument("--budget", default="4GB")
     command.add_argument("--tokens", type=int, default=64)
     command.add_argument("--cgroup", action="store_true")
     command.set_defaults(run=phone)
     command = commands.add_parser("streaming")
+    frame.add_options(command, repeats=3)
     command.add_argument("--text", type=Path, required=True)
     command.add_argument("--budget", default="4GB")
-    command.add_argument("--repeats", type=int, default=3)
     command.set_defaults(run=streaming)
     arguments = parser.parse_args()
-    began = time.strftime("%Y-%m-%d %H:%M")
-    result = arguments.run(arguments)
-    print(json.dumps({"began": began, "command": " ".join(sys.argv), "result": result}, indent=2))
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":

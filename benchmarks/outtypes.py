@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import frame
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -117,7 +118,7 @@ def write_ones(text: Path, path: Path) -> Path:
 
 def print_row(*cells: str) -> None:
     """A row of a Markdown table."""
-    print("|", " | ".join(cells), "|", flush=True)
+    print(frame.line(cells), flush=True)
 
 
 def main() -> None:

@@ -122,6 +122,14 @@ def build(directory: Path, size: str) -> Path:
     return directory
 
 
+def find_or_build(work: Path, size: str) -> Path:
+    """The checkpoint of a size in ``work``, made at the first time."""
+    directory = work / f"random-{size}"
+    if not (directory / "model.safetensors.index.json").exists():
+        build(directory, size)
+    return directory
+
+
 def large_tokenizer(n_tokens: int) -> tuple[dict[str, Any], dict[str, int]]:
     """A tokenizer of a real one's size: ``n_tokens`` before the special ones, and 2 merges each.
 

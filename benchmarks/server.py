@@ -4,7 +4,9 @@ One process holds the model and serves it; requests over HTTP come from a proces
 client's do. Measured from outside: to the first text, and from there to the last. Nothing is reused
 of an earlier prompt, so that every request costs the same.
 
-    python benchmarks/server.py [MODEL.gguf] [--tokens 64] [--repeats 7] [--json FILE]
+    python benchmarks/server.py [MODEL.gguf] [--tokens 64] [--repeats 7]
+
+The ratio is the library's time over the server's: below 1 is what HTTP costs. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import frame
 import numpy as np
 import uvicorn
+from frame import Measure, Record
 from PIL import Image
 
 from autoglm_gguf import AutoGLM, default_pair
@@ -139,38 +143,48 @@ def measure(model: AutoGLM, n_tokens: int, repeats: int) -> dict[str, dict[str, 
     return found
 
 
-def tell(found: dict[str, dict[str, list[list[float]]]]) -> None:
-    """Medians, and what the server adds: of the pairs, since the machine's pace drifts."""
-    print(f"{'':<12}{'':<10}{'first text':>12}{'per token':>12}{'tokens':>8}")
+def fill(record: Record, found: dict[str, dict[str, list[list[float]]]]) -> None:
+    """What each repeat took, into the rows."""
     for kind, ways in found.items():
         for way, runs in ways.items():
-            first = statistics.median(run[0] for run in runs)
-            each = statistics.median(run[1] / max(1, run[2] - 1) for run in runs)
-            print(f"{kind:<12}{way:<10}{first:>9.1f} ms{each:>9.3f} ms{runs[0][2]:>8.0f}")
+            row = record.row("ours" if way == "server" else way)
+            for turn, (first, rest, n) in enumerate(runs):
+                while len(row.turns) <= turn:
+                    row.turns.append({})
+                row.turns[turn] |= {
+                    f"{kind}_first_ms": frame.rounded(first),
+                    f"{kind}_token_ms": frame.rounded(rest / max(1, n - 1)),
+                }
         pairs = list(zip(ways["library"], ways["server"], strict=True))
         more = statistics.median(served[0] - taken[0] for taken, served in pairs)
-        ratio = statistics.median(served[0] / taken[0] for taken, served in pairs)
-        decode = statistics.median(served[1] / taken[1] for taken, served in pairs)
-        print(f"{kind:<12}{'ratio':<10}{ratio:>12.3f}{decode:>12.3f}   first text {more:+.1f} ms")
+        record.notes.append(f"{kind}: first text {more:+.1f} ms, {pairs[0][0][2]:.0f} tokens.")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    frame.add_options(parser, repeats=7)
     parser.add_argument("model", nargs="?", type=Path, help="default: the embedded autoglm-tiny")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path, help="write every run's figures")
     arguments = parser.parse_args()
     pair = default_pair() if arguments.model is None else None
     path = pair.text if pair else arguments.model
+    measures = [
+        Measure(f"{kind}_{key}_ms", f"{kind}, {label}", "ms", more=False)
+        for kind in requests(1)
+        for key, label in (("first", "first text"), ("token", "a token"))
+    ]
+    labels = {"library": "the library", "ours": "the server"}
+    weights = "autoglm-tiny" if pair else frame.figure(path.stat().st_size, "B")
+    settings = {"model": path.name, "weights": weights, "tokens at most": arguments.tokens}
+    name = "server-tiny" if pair else f"server-{path.parent.name.partition('-')[0]}"
+    record = frame.begin(name, "What the server adds", measures, labels, settings)
     model = AutoGLM.load(
         path, memory_budget="none", n_ctx=2048, n_gpu_layers=0, n_threads=arguments.threads
     )
-    found = measure(model, arguments.tokens, arguments.repeats)
-    tell(found)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    with frame.until_interrupted(record):
+        fill(record, measure(model, arguments.tokens, arguments.repeats))
+    frame.finish(record, arguments.json)
 
 
 if __name__ == "__main__":

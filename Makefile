@@ -7,13 +7,19 @@ comma := ,
 # One stamp per set of extras: a second run installs nothing.
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: help demo test test-gpu check layers style chat clean needs
+# Peers to compare with; ours alone, and what is installed: make bench BENCH_EXTRAS=dev
+BENCH_EXTRAS ?= dev,bench
+
+.PHONY: help demo test test-gpu check layers style chat bench bench-full bench-set peers results clean needs
 
 help:
 	@echo "make demo      convert the embedded checkpoint and see it answer, with a screenshot"
 	@echo "make test      run the tests (EXTRAS=dev,reference adds the comparison with transformers)"
 	@echo "make test-gpu  run the tests that need a GPU, on Vulkan (lavapipe where there is no GPU)"
 	@echo "make check     ruff, mypy --strict, import levels"
+	@echo "make bench     ours beside its peers, the quick set: ten minutes (BENCH=--publish keeps the results)"
+	@echo "make bench-full  all benchmarks: hours; make bench-full BENCH=--list says what they need"
+	@echo "make peers     compile llama.cpp's own programs, for both"
 	@echo "make style     format, and fix what ruff can fix"
 	@echo "make chat      talk with the embedded model"
 
@@ -38,6 +44,23 @@ check: $(STAMP) layers
 
 layers: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+# BENCH passes options on (benchmarks/sets.py --help); BENCH_EXTRAS=dev,bench,reference adds transformers.
+bench:
+	@$(MAKE) --no-print-directory bench-set SET=quick EXTRAS='$(BENCH_EXTRAS)'
+
+bench-full:
+	@$(MAKE) --no-print-directory bench-set SET=full EXTRAS='$(BENCH_EXTRAS)'
+
+bench-set: $(STAMP)
+	@$(BIN)/python benchmarks/sets.py $(SET) $(BENCH)
+
+peers: $(STAMP)
+	@PYTHON=$(BIN)/python benchmarks/build_peers.sh
+
+# The results page, made again of benchmarks/results and benchmarks/page.md.
+results: $(STAMP)
+	@$(BIN)/python benchmarks/results.py
 
 style: $(STAMP)
 	$(BIN)/ruff format .

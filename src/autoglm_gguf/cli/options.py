@@ -149,19 +149,36 @@ def _token_budget(text: str) -> TokenBudget:
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     """How answers are sampled."""
-    parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        metavar="N",
+        help="of the answer at most (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-thinking-tokens", type=int, metavar="N", help="then the answer is begun for it"
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, off")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 switches it off")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="F")
-    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="F")
-    parser.add_argument("--repeat-penalty", type=float, default=1.0, metavar="F")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="default: 0, off")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: a fresh one)")
+    for name, default in (("frequency", 0.0), ("presence", 0.0), ("repeat", 1.0)):
+        parser.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            default=default,
+            metavar="F",
+            help=f"over generated tokens (default: {default:g}, off)",
+        )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends the answer and is not part of it; may be given several times",
+    )
     parser.add_argument(
         "--no-cache-prompt",
         action="store_false",

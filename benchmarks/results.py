@@ -22,7 +22,7 @@ from frame import ROOT, Record
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks" / "README.md"
-READMES = {ROOT / "README.md": 0, ROOT / "README.zh-CN.md": 1}
+READMES = {ROOT / "README.md": 0, ROOT / "README.zh.md": 1}
 """Pages that carry the claims, and in which language."""
 TEMPLATE = ROOT / "benchmarks" / "page.md"
 GENERATED = "<!-- made by benchmarks/results.py of benchmarks/page.md and results/; do not edit -->"

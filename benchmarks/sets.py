@@ -152,7 +152,7 @@ def check(steps: Sequence[Step], work: Path) -> None:
     Raises:
         SystemExit: There is too little disk.
     """
-    needed = sum(step.disk_bytes for step in steps if not (work / step.name).exists())
+    needed = sum(step.disk_bytes for step in steps)
     held = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     needed = max(0, needed - held)
     free = shutil.disk_usage(work).free

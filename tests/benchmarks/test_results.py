@@ -91,7 +91,7 @@ def test_only_what_came_to_its_end_is_published(
 def test_readme_gets_the_claims_in_its_language(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = tmp_path / "README.zh-CN.md"
+    page = tmp_path / "README.zh.md"
     page.write_text(f"# 标题\n\n{results.BEGIN}\nold\n{results.END}\n\n后文\n", "utf-8")
     monkeypatch.setattr(results, "READMES", {page: 1, tmp_path / "missing.md": 0})
     made = results.readmes([make_record()])

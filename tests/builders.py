@@ -518,6 +518,16 @@ def write_gguf(path: Path, metadata: dict[str, Any], **changes: Any) -> Path:
     return path
 
 
+def pack_imatrix(columns: dict[str, np.ndarray], *, n_calls: int = 1) -> bytes:
+    """An importance matrix in llama.cpp's legacy format: mean squares by tensor name."""
+    data = struct.pack("<i", len(columns))
+    for name, values in columns.items():
+        raw = name.encode()
+        data += struct.pack("<i", len(raw)) + raw + struct.pack("<ii", n_calls, values.size)
+        data += (values * np.float32(n_calls)).astype("<f4").tobytes()
+    return data
+
+
 def rewrite_gguf(source: Path, target: Path, *, drop: tuple[str, ...] = (), **changed: Any) -> Path:
     """Copy a GGUF without the keys in ``drop`` (prefixes) and with ``changed`` ones.
 

@@ -87,6 +87,9 @@ def test_fit_has_a_label_that_says_its_limit(fit: Fit, label: str) -> None:
         ({"budget": "4 bananas"}, "4 bananas"),
         ({"weights": "none"}, "'none': not a size"),
         ({"weights": -1}, "no size"),
+        ({"weights": 0}, "no size"),
+        ({"weights": 10**30}, "more than any machine has"),
+        ({"weights": "9" * 400}, "more than any machine has"),
         ({"budget": "4GB", "n_ctx": 0}, "n_ctx 0"),
         ({"budget": "4GB", "image_tokens": 3}, "max_image_tokens 3"),
         ({"budget": "4GB", "prefer": "beauty"}, "prefer 'beauty'"),
@@ -95,6 +98,12 @@ def test_fit_has_a_label_that_says_its_limit(fit: Fit, label: str) -> None:
 )
 def test_fit_refuses_what_is_no_limit(given: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        Fit(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"weights": 1e9}, {"weights": True}, {"budget": 1e9}])
+def test_fit_refuses_sizes_that_are_no_whole_bytes(given: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match="not a size"):
         Fit(**given)  # type: ignore[arg-type]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from builders import Shape, build_checkpoint
+from builders import Shape, build_checkpoint, pack_imatrix
 from family import build_chatglm, build_glm, build_glm4
 
 from autoglm_gguf import (
@@ -17,10 +17,12 @@ from autoglm_gguf import (
     Fit,
     GGUFError,
     ModelPair,
+    Progress,
     convert,
     plan_memory,
     read_header,
 )
+from autoglm_gguf.conversion import pipeline
 from autoglm_gguf.conversion.limits import HELD_BYTES
 from autoglm_gguf.gguf.describe import describe_pair, find_mmproj
 from autoglm_gguf.memory.plan import plan_pair
@@ -50,12 +52,17 @@ def fitted(source: Path, outdir: Path, fit: Fit, **more: object) -> ModelPair:
 def write_imatrix(path: Path, columns: dict[str, int]) -> Path:
     """llama.cpp's legacy format, seeded values."""
     rng = np.random.default_rng(2)
-    data = struct.pack("<i", len(columns))
-    for name, n in columns.items():
-        data += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 1, n)
-        data += rng.exponential(1.0, n).astype("<f4").tobytes()
-    path.write_bytes(data)
+    drawn = {name: rng.exponential(1.0, n).astype(np.float32) for name, n in columns.items()}
+    path.write_bytes(pack_imatrix(drawn))
     return path
+
+
+@pytest.fixture(scope="module")
+def columns(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Row lengths of all matrices of the layers."""
+    whole = read_header(convert(source, tmp_path_factory.mktemp("f32"), "f32").text)
+    tensors = whole.tensors.values()
+    return {t.name: t.shape[0] for t in tensors if len(t.shape) == 2 and t.name[:4] == "blk."}
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +118,9 @@ def test_run_keeps_within_the_budget_as_planned(source: Path, tmp_path: Path) ->
 
 
 def test_fit_weighs_with_the_importance_matrix(
-    source: Path, q8_0_bytes: int, tmp_path: Path
+    source: Path, q8_0_bytes: int, columns: dict[str, int], tmp_path: Path
 ) -> None:
-    imatrix = write_imatrix(tmp_path / "im.dat", {"blk.0.ffn_up.weight": 256})
+    imatrix = write_imatrix(tmp_path / "im.dat", columns)
     pair = fitted(source, tmp_path, Fit(weights=int(0.7 * q8_0_bytes)), imatrix=imatrix)
     assert read_header(pair.text).metadata["autoglm.fit.imatrix"] == "im.dat"
 
@@ -165,12 +172,24 @@ def test_run_that_no_mix_is_small_enough_for(source: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "columns", [{"blk.0.ffn_up.weight": 128}, {"blk.77.ffn_up.weight": 256}], ids=["width", "layer"]
+    ("changed", "said"),
+    [
+        ({"blk.0.ffn_up.weight": 128}, "has 128 columns, required 256"),
+        ({"blk.0.ffn_down.weight": 768}, "has 768 columns, required 672"),
+        ({"blk.77.ffn_up.weight": 256}, "it has tensor 'blk.77.ffn_up.weight'"),
+        ({"blk.1.attn_v.weight": 0}, "it lacks tensor 'blk.1.attn_v.weight'"),
+    ],
+    ids=["narrower", "wider", "more layers", "fewer tensors"],
 )
-def test_imatrix_of_another_model(source: Path, tmp_path: Path, columns: dict[str, int]) -> None:
-    imatrix = write_imatrix(tmp_path / "other.dat", columns)
+def test_imatrix_of_another_model(
+    source: Path, columns: dict[str, int], tmp_path: Path, changed: dict[str, int], said: str
+) -> None:
+    merged = {name: n for name, n in (columns | changed).items() if n}
+    imatrix = write_imatrix(tmp_path / "other.dat", merged)
     fit = Fit(weights="100MB")
-    refuse(source, tmp_path / "out", GGUFError, "another model", fit=fit, imatrix=imatrix)
+    message = rf"other\.dat: made for another model \(.*{said}"
+    refuse(source, tmp_path / "out", GGUFError, message, fit=fit, imatrix=imatrix)
+    refuse(source, tmp_path / "out", GGUFError, message, outtype="q4_0", imatrix=imatrix)
 
 
 def test_type_that_the_backend_lacks(source: Path, tmp_path: Path) -> None:
@@ -207,3 +226,40 @@ def test_plan_of_a_fitted_pair_streams_nothing(source: Path, tmp_path: Path) -> 
         pair.text, memory_budget="400MB", n_ctx=512, max_image_tokens=64, n_gpu_layers=0
     )
     assert plan.weights != "streamed"
+
+
+# --- interrupted, and too little room ---
+
+
+@pytest.mark.parametrize("n_calls", [1, 5])
+def test_interrupted_measuring_leaves_nothing(source: Path, tmp_path: Path, n_calls: int) -> None:
+    out = tmp_path / "out"
+    told: list[Progress] = []
+
+    def interrupt(progress: Progress) -> None:
+        assert progress.file == "measuring"
+        told.append(progress)
+        if len(told) == n_calls:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(source, out, Fit(weights="100MB"), on_progress=interrupt)
+    assert len(told) == n_calls, "nobody is told of more after that"
+    assert list(out.iterdir()) == []
+
+
+def test_disk_too_small_for_any_mix_is_refused_before_measuring(
+    source: Path, q8_0_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Progress] = []
+    room = pipeline._HEADER_ROOM_BYTES
+    usage = SimpleNamespace(free=room + 100_000)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _path: usage)
+    fit = Fit(weights=q8_0_bytes)
+    message = "disk too small"
+    given = {"fit": fit, "on_progress": told.append}
+    refuse(source, tmp_path / "out", ConversionError, message, **given)
+    assert not told
+    usage.free = room + q8_0_bytes // 2  # enough for the smallest, not for what is chosen
+    refuse(source, tmp_path / "out", ConversionError, message, **given)
+    assert {progress.file for progress in told} == {"measuring"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from builders import Shape, build_checkpoint, write_safetensors
+from builders import Shape, build_checkpoint, pack_imatrix, write_safetensors
 from family import GLM, build_glm4
 
 from autoglm_gguf import ConversionError, GGUFError, convert, read_header
@@ -93,12 +93,7 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
 def write_imatrix(path: Path, columns: dict[str, np.ndarray], *, legacy: bool) -> Path:
     """Sums over 10 tokens (GGUF) or 10 calls (legacy), as llama-imatrix writes them."""
     if legacy:
-        blob = struct.pack("<i", len(columns))
-        for name, values in columns.items():
-            raw = name.encode()
-            blob += struct.pack("<i", len(raw)) + raw + struct.pack("<ii", 8, values.size)
-            blob += (values * np.float32(8)).astype("<f4").tobytes()
-        path.write_bytes(blob + struct.pack("<ii", 8, 4) + b"text")
+        path.write_bytes(pack_imatrix(columns, n_calls=8) + struct.pack("<ii", 8, 4) + b"text")
         return path
     writer = gguf.GGUFWriter(path, "")
     writer.add_type("imatrix")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from autoglm_gguf import EvaluationError
-from autoglm_gguf.evaluate import base_file
+from autoglm_gguf.evaluate import outfile
 from autoglm_gguf.evaluate.base_file import BaseRows, base_bytes, create_base, read_base
 from autoglm_gguf.evaluate.passages import Passage, TextChunks, Transcripts
 
@@ -90,7 +90,7 @@ def test_disk_that_is_too_small_is_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = SimpleNamespace(free=100)
-    monkeypatch.setattr(base_file.shutil, "disk_usage", lambda _path: usage)
+    monkeypatch.setattr(outfile.shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(EvaluationError, match="disk too small") as caught:  # noqa: SIM117
         with create_base(tmp_path / "base", CHUNKS, N_VOCAB):
             pytest.fail("it was opened")

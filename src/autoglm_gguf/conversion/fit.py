@@ -19,7 +19,7 @@ from autoglm_gguf.conversion.recipe import OUTTYPES, Recipe
 from autoglm_gguf.conversion.rounding import Errors
 from autoglm_gguf.conversion.tensors import OutTensor
 from autoglm_gguf.errors import ConversionError
-from autoglm_gguf.memory.budget import Budget, parse_budget
+from autoglm_gguf.memory.budget import MOST_BYTES, Budget, parse_budget
 from autoglm_gguf.native.ggml import GGMLType, block_size
 from autoglm_gguf.units import parse_bytes
 
@@ -38,7 +38,7 @@ class Fit:
 
     Raises:
         ValueError: Neither or both of budget and weights are given, or a value is out of range.
-        TypeError: A budget that is neither a number of bytes nor text.
+        TypeError: A size that is neither a number of bytes nor text.
     """
 
     budget: Budget = None
@@ -62,14 +62,16 @@ class Fit:
         if self.backend not in BACKEND_TYPES:
             raise ValueError(f"backend {self.backend!r}: not one of {', '.join(BACKEND_TYPES)}")
         self.context()
-        if self.limit_bytes <= 0:
-            raise ValueError("fit: no size (write for example 4GB)")
+        if not 0 < self.limit_bytes <= MOST_BYTES:
+            raise ValueError("fit: no size, or more than any machine has (write for example 4GB)")
 
     @property
     def limit_bytes(self) -> int:
         """The size, of the run or of the text file."""
         if self.weights is None:
             return parse_budget(self.budget) or 0
+        if isinstance(self.weights, bool) or not isinstance(self.weights, int | str):
+            raise TypeError(f"fit: weights {self.weights!r}: not a size (write for example 4GB)")
         return parse_bytes(self.weights) if isinstance(self.weights, str) else self.weights
 
     @property
@@ -185,6 +187,13 @@ def check_limit(
             return
     at = min(range(len(layouts)), key=lambda i: smallest[i][1])
     limit.refuse(layouts[at], smallest[at][0])
+
+
+def least_bytes(
+    layouts: Sequence[Layout], candidates: Sequence[Mapping[str, tuple[GGMLType, ...]]]
+) -> int:
+    """What the matrices of the text take in the smallest types."""
+    return min(_smallest(*both)[1] for both in zip(layouts, candidates, strict=True))
 
 
 def choose_mix(

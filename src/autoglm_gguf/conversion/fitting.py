@@ -18,12 +18,13 @@ from autoglm_gguf.conversion.fit import (
     candidate_types,
     check_limit,
     choose_mix,
+    least_bytes,
 )
 from autoglm_gguf.conversion.limits import FileLimit, RunLimit, with_table
 from autoglm_gguf.conversion.recipe import OUTTYPES, PADDED_MULTIPLE, Outtype, Recipe, padded_width
 from autoglm_gguf.conversion.rounding import measure_rounding
 from autoglm_gguf.conversion.sensitivity import sensitivities
-from autoglm_gguf.conversion.tensors import plan_mmproj, plan_text
+from autoglm_gguf.conversion.tensors import OutTensor, plan_mmproj, plan_text
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.header import Header
 from autoglm_gguf.memory.plan import MemoryPlan
@@ -121,6 +122,13 @@ class Fitter:
         self._layouts = tuple(self._lay_out())
         self._candidates = [candidate_types(each, self._recipe, fit) for each in self._layouts]
 
+    @property
+    def least_bytes(self) -> int:
+        """What the matrices of both files take in the smallest types."""
+        return least_bytes(self._layouts, self._candidates) + sum(
+            tensor.n_bytes for tensor in self._tower(self._mmproj_outtype or OUTTYPES[_TOWER])
+        )
+
     def check(self) -> None:
         """Refuse a limit that no mix meets; costs nothing.
 
@@ -166,9 +174,11 @@ class Fitter:
             return FileLimit(self._fit, self._text_keys)
         tower = None
         if self._mmproj_keys is not None:
-            tensors = plan_mmproj(self._tensors, self._config, Recipe(mmproj))
-            tower = with_table(self._mmproj_keys, tensors, {})
+            tower = with_table(self._mmproj_keys, self._tower(mmproj), {})
         return RunLimit(self._fit, self._text_keys, tower)
+
+    def _tower(self, mmproj: Outtype) -> list[OutTensor]:
+        return plan_mmproj(self._tensors, self._config, Recipe(mmproj))
 
     def _conclude(self, mix: Mix, mmproj: Outtype, limit: FileLimit | RunLimit) -> Fitted:
         plan = limit.plan(mix.layout, mix.types) if isinstance(limit, RunLimit) else None

@@ -29,6 +29,7 @@ from autoglm_gguf.devices import usable_cores
 from autoglm_gguf.errors import ConversionError
 from autoglm_gguf.gguf.names import MMPROJ_PREFIX
 from autoglm_gguf.hub import resolve_checkpoint
+from autoglm_gguf.memory.estimate import layer_of
 from autoglm_gguf.progress import OnProgress
 from autoglm_gguf.units import format_bytes
 
@@ -75,7 +76,8 @@ def convert(
         mmproj_outtype: f32, f16, bf16, q8_0 or q4_0; by default the outtype down to q8_0.
         tensor_types: Exceptions as ``REGEX=TYPE``, for example ``attn_v=q8_0``; the first pattern
             found in a text tensor's GGUF name wins.
-        imatrix: An importance matrix of llama.cpp, GGUF or legacy; iq3_xxs needs one.
+        imatrix: An importance matrix, of `calibrate` or llama-imatrix (GGUF or its legacy format);
+            iq3_xxs needs one.
         fit: Choose the types so that a run, or the text file, keeps within a limit; stands in the
             place of an outtype.
         search_scales: Look for better scales than ggml's in the types whose blocks have one or two
@@ -186,7 +188,10 @@ class _Job:
             if not any(pattern.search(name) for name in known):
                 raise ValueError(f"tensor type {pattern.pattern!r}: no tensor has such a name")
         if self._recipe.imatrix is not None:
-            self._recipe.imatrix.check_names(known)
+            layers = [
+                t.name for t in self._text if len(t.shape) > 1 and layer_of(t.name) is not None
+            ]
+            self._recipe.imatrix.check_names(known, layers)
 
     def fitted(
         self, fit: Fit, outdir: Path, n_threads: int, on_progress: OnProgress | None
@@ -202,7 +207,7 @@ class _Job:
             read_back(self._write_mmproj_header) if self._mmproj else None,
         )
         fitter.check()
-        _prepare_outdir(outdir, 0)  # before minutes are spent
+        _prepare_outdir(outdir, fitter.least_bytes)  # before minutes are spent
         found = fitter.find(n_threads=n_threads, on_progress=on_progress)
         return _Job(
             self._base,

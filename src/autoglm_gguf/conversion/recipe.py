@@ -130,7 +130,7 @@ class Recipe:
         if self.lacks_imatrix(name, wanted):
             raise ConversionError(
                 f"{name}: {wanted.name} needs an importance matrix",
-                hint="give --imatrix FILE (from llama-imatrix), or take iq3_s",
+                hint="give --imatrix FILE (made by autoglm-gguf calibrate), or take iq3_s",
             )
         return wanted
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_gguf.errors import EvaluationError
+from autoglm_gguf.evaluate.outfile import check_outfile
 from autoglm_gguf.evaluate.passages import LEAST_N_CTX, Kind, Passages, TextChunks
 from autoglm_gguf.evaluate.scores import row_words
-from autoglm_gguf.units import format_bytes
 
 _MAGICS: dict[Kind, bytes] = {"text": b"_logits_", "transcripts": b"_answer_"}
 _FACTS = b"_facts__"
@@ -73,12 +72,8 @@ def create_base(path: Path, passages: Passages, n_vocab: int) -> Iterator[BaseWr
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        needed, free = base_bytes(passages, n_vocab), shutil.disk_usage(path.absolute().parent).free
-        if free < needed:
-            raise EvaluationError(
-                f"{path}: disk too small ({format_bytes(free)} free, needs {format_bytes(needed)})",
-                hint="use fewer --chunks, or another disk",
-            )
+        n_bytes = base_bytes(passages, n_vocab)
+        check_outfile(path, n_bytes=n_bytes, smaller="use fewer --chunks")
         try:
             with temporary.open("wb") as file:
                 file.write(_pack_head(passages, n_vocab))

@@ -11,16 +11,16 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from autoglm_gguf.conversion.imatrix import read_sums, write_imatrix
 from autoglm_gguf.errors import EvaluationError, GGUFError
 from autoglm_gguf.evaluate.measuring import (
     Clock,
@@ -29,7 +29,9 @@ from autoglm_gguf.evaluate.measuring import (
     evaluate_whole,
     open_measured,
 )
+from autoglm_gguf.evaluate.outfile import check_outfile
 from autoglm_gguf.evaluate.passages import Corpus, Passages, cut_corpus, read_corpus
+from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.header import Header, read_header
 from autoglm_gguf.gguf.identity import identify_file
 from autoglm_gguf.hub import resolve_pair
@@ -39,14 +41,9 @@ from autoglm_gguf.native.nodes import InputWatch
 
 OUTFILE = "imatrix.gguf"
 _OUTPUT = "output.weight"
-_SUMS, _COUNTS = ".in_sum2", ".counts"
-# llama.cpp, common/imatrix-loader.h
-_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = (
-    f"imatrix.{name}" for name in ("datasets", "chunk_count", "chunk_size")
-)
-_FACTS = "autoglm.calibration"
-"""In unfinished files only: what they were made from."""
 _SAVE_SECONDS = 60.0
+_FLOAT_BYTES = 4
+_HEADER_ROOM_BYTES = 2**20  # names, counts and alignment of the largest models, rounded up
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +100,13 @@ def calibrate(
     assert corpus.n_ctx is not None
     content = read_corpus(corpus)
     header = read_header(resolve_pair(model, None)[0])
-    names = _matrices(header, process_output=process_output)
-    target = _check_target(Path(outfile))
+    matrices = _matrices(header, process_output=process_output)
+    target = Path(outfile)
+    n_bytes = sum(_FLOAT_BYTES * header.tensors[name].shape[0] for name in matrices)
+    check_outfile(target, header.path, mmproj, corpus.path, n_bytes=n_bytes + _HEADER_ROOM_BYTES)
     # The graph ends after the last matrix: the output's logits are not asked for. Where layers are
     # streamed it goes on, since the last one must be let go.
-    watch = InputWatch(names, last=None if process_output else names[-1])
+    watch = InputWatch(matrices, last=None if process_output else matrices[-1])
     with open_measured(
         model,
         corpus,
@@ -122,9 +121,9 @@ def calibrate(
         if plan is not None and plan.places.streamed:
             watch.go_to_the_end()
         passages = cut_corpus(engine, corpus, content)
-        facts = [identify_file(header), _identify(passages), sorted(names)]
+        facts = [identify_file(header), _identify(passages), sorted(matrices)]
         store = _Store(target, corpus, json.dumps(facts))
-        watch.begin(*store.resume())
+        watch.begin(*store.resume(len(passages)))
         clock = Clock(len(passages), on_passage, resumed=store.n_done)
         try:
             for index in range(store.n_done, len(passages)):
@@ -135,7 +134,7 @@ def calibrate(
         except BaseException:
             store.save_partial()
             raise
-        store.finish(names)
+        store.finish(matrices)
         return Calibration(
             target,
             engine.info.name,
@@ -143,56 +142,10 @@ def calibrate(
             engine.info.n_ctx,
             len(passages),
             max(watch.counts.values()),
-            len(names),
+            len(matrices),
             store.n_resumed,
             clock.seconds,
         )
-
-
-def write_imatrix(
-    path: Path,
-    sums: Mapping[str, NDArray[np.float64]],
-    counts: Mapping[str, int],
-    *,
-    dataset: str,
-    n_chunks: int,
-    chunk_size: int,
-    facts: str | None = None,
-) -> None:
-    """Write an importance matrix in llama.cpp's GGUF format, and sync it to the disk.
-
-    Args:
-        path: Overwritten.
-        sums: ``(n_per_row,)`` by GGUF tensor name.
-        counts: Rows in each sum.
-        dataset: Name of what the model was run over.
-        n_chunks: How many chunks that were.
-        chunk_size: Their tokens.
-        facts: Kept under a key of our own.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    writer = gguf.GGUFWriter(path, "")
-    writer.kv_data[0].clear()  # llama-imatrix's files have no general.architecture
-    writer.add_type("imatrix")
-    writer.add_array(_DATASETS, [dataset])
-    writer.add_uint32(_CHUNK_COUNT, n_chunks)
-    writer.add_uint32(_CHUNK_SIZE, chunk_size)
-    if facts is not None:
-        writer.add_string(_FACTS, facts)
-    for name in sorted(sums):
-        writer.add_tensor(name + _SUMS, sums[name].astype(np.float32))
-        writer.add_tensor(name + _COUNTS, np.array([counts[name]], np.float32))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.flush()
-    finally:
-        writer.close()
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
 
 
 class _Store:
@@ -207,23 +160,17 @@ class _Store:
         self.n_done = self.n_resumed = 0
         self._saved, self._n_saved = time.monotonic(), 0
 
-    def resume(self) -> tuple[dict[str, NDArray[np.float64]], dict[str, int]]:
+    def resume(self, n_passages: int) -> tuple[dict[str, NDArray[np.float64]], dict[str, int]]:
         """The sums of an interrupted run of the same model, corpus and sizes, or none."""
-        with contextlib.suppress(GGUFError, OSError, ValueError):
+        with contextlib.suppress(GGUFError, OSError):
             header = read_header(self._partial)
-            if header.metadata.get(_FACTS) == self._facts:
-                self._read(header)
+            n_done = header.get_int(names.IMATRIX_CHUNK_COUNT) or 0
+            is_same = header.metadata.get(names.CALIBRATION_FACTS) == self._facts
+            if is_same and 0 < n_done <= n_passages:
+                sums, self._counts = read_sums(header)
+                self._sums = {name: values.astype(np.float64) for name, values in sums.items()}
+                self.n_done = self.n_resumed = self._n_saved = n_done
         return self._sums, self._counts
-
-    def _read(self, header: Header) -> None:
-        raw = header.path.read_bytes()
-        for name, info in header.tensors.items():
-            values = np.frombuffer(raw, np.float32, info.n_bytes // 4, info.offset)
-            if name.endswith(_SUMS):
-                self._sums[name.removesuffix(_SUMS)] = values.astype(np.float64)
-            else:
-                self._counts[name.removesuffix(_COUNTS)] = round(float(values[0]))
-        self.n_done = self.n_resumed = self._n_saved = int(header.metadata[_CHUNK_COUNT])
 
     def keep(self, watch: InputWatch) -> None:
         """Take the sums after one more passage; now and then to the disk."""
@@ -242,13 +189,13 @@ class _Store:
             self._n_saved = self.n_done
         self._saved = time.monotonic()
 
-    def finish(self, names: Sequence[str]) -> None:
+    def finish(self, matrices: Sequence[str]) -> None:
         """Write the result in the place of the temporary file.
 
         Raises:
             EvaluationError: It cannot be written, or a matrix was never used.
         """
-        missing = [name for name in names if not self._counts.get(name)]
+        missing = [name for name in matrices if not self._counts.get(name)]
         if missing:
             raise EvaluationError(
                 f"{missing[0]}: no input of it was seen, nor of {len(missing) - 1} others",
@@ -303,13 +250,3 @@ def _identify(passages: Passages) -> str:
     for passage in passages:
         digest.update(passage.key.encode())
     return digest.hexdigest()
-
-
-def _check_target(path: Path) -> Path:
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise EvaluationError(
-            f"{path}: cannot be written (no such folder, not writable, or a directory itself)",
-            hint="give another --outfile",
-        )
-    return path

@@ -28,6 +28,7 @@ from autoglm_gguf.evaluate.measuring import (
     open_measured,
     read_logits,
 )
+from autoglm_gguf.evaluate.outfile import check_outfile
 from autoglm_gguf.evaluate.passages import (
     Corpus,
     Kind,
@@ -39,6 +40,7 @@ from autoglm_gguf.evaluate.passages import (
 )
 from autoglm_gguf.evaluate.scores import Estimate, Spread, TokenScores
 from autoglm_gguf.gguf.header import MAGIC
+from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget
 
 _ANSWER_OUTPUTS = 128  # tokens of an answer whose logits are held at a time
@@ -124,6 +126,9 @@ def evaluate_perplexity(
     """
     corpus = _as_corpus(corpus)
     content = read_corpus(corpus)
+    path = None if save_base is None else Path(save_base)
+    if path is not None:
+        check_outfile(path, resolve_pair(model, None)[0], mmproj, corpus.path)
     with open_measured(
         model,
         corpus,
@@ -134,7 +139,6 @@ def evaluate_perplexity(
         **context,
     ) as engine:
         passages = cut_corpus(engine, corpus, content)
-        path = None if save_base is None else Path(save_base)
         return measure_perplexity(engine, passages, corpus, save_base=path, on_passage=on_passage)
 
 

@@ -21,6 +21,10 @@ CONTEXT_LENGTH = "{arch}.context_length"
 PROJECTOR_TYPE = "clip.projector_type"
 PROJECTION_DIM = "clip.vision.projection_dim"
 PATCH_SIZE = "clip.vision.patch_size"
+# llama.cpp, common/imatrix-loader.h
+IMATRIX_DATASETS = "imatrix.datasets"
+IMATRIX_CHUNK_COUNT = "imatrix.chunk_count"
+IMATRIX_CHUNK_SIZE = "imatrix.chunk_size"
 
 # autoglm-gguf
 EOS_IDS = "autoglm.eos_token_ids"
@@ -34,6 +38,8 @@ SOURCE_ID = "autoglm.source_fingerprint"
 
 FIT_PREFIX = "autoglm.fit."
 """What a fit chose and for which limit; `conversion.fitting.FitReport` lists the keys."""
+CALIBRATION_FACTS = "autoglm.calibration"
+"""In unfinished importance matrices only: what they were made from."""
 
 MMPROJ_PREFIX = "mmproj-"
 TEXT_ARCHITECTURES = ("glm4", "chatglm")

@@ -9,7 +9,7 @@ from autoglm_gguf.units import parse_bytes
 Budget: TypeAlias = int | str | None
 DEFAULT_BUDGET = "4GB"
 NO_BUDGET = "none"
-_MIN_BUDGET_BYTES, _MAX_BUDGET_BYTES = 10**6, 2**60
+_MIN_BUDGET_BYTES, MOST_BYTES = 10**6, 2**60
 _LONGEST = 40  # characters of a size that anyone means
 
 
@@ -34,7 +34,7 @@ def parse_budget(budget: Budget) -> int | None:
             n_bytes = parse_bytes(n_bytes)
         except ValueError as error:
             raise ValueError(f"memory budget {error}; none lifts it") from error
-    if n_bytes > _MAX_BUDGET_BYTES:
+    if n_bytes > MOST_BYTES:
         raise ValueError("memory budget: more than any machine has; none lifts it")
     if n_bytes < _MIN_BUDGET_BYTES:
         raise ValueError(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from autoglm_gguf import ContextFullError, EvaluationError, ImageError, PromptError
 from autoglm_gguf.engine.fake import FakeEngine
+from autoglm_gguf.evaluate import passages
 from autoglm_gguf.evaluate.passages import (
     Corpus,
     TextChunks,
@@ -111,6 +112,16 @@ def test_missing_file_and_directory_are_refused(tmp_path: Path) -> None:
             read_corpus(Corpus(path))
 
 
+def test_more_than_anyone_means_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passages, "_MAX_BYTES", 10)
+    path = tmp_path / "text.txt"
+    path.write_text("x" * 10, "utf-8")
+    assert read_corpus(Corpus(path)) == "x" * 10
+    path.write_text("x" * 11, "utf-8")
+    with pytest.raises(EvaluationError, match=r"too large \(at most 10 B\)"):
+        read_corpus(Corpus(path))
+
+
 @pytest.mark.parametrize("sizes", [{"n_ctx": 7}, {"n_chunks": 0}])
 def test_sizes_out_of_range_are_wrong_usage(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
@@ -122,14 +133,21 @@ def test_sizes_out_of_range_are_wrong_usage(sizes: dict[str, int]) -> None:
 
 def test_transcript_is_its_request_and_its_answer_is_scored(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "steps.jsonl", {"messages": STEP}, STEP)
-    passages = cut(Corpus(path))
-    assert isinstance(passages, Transcripts)
-    assert len(passages) == 2
-    first, second = passages
+    found = cut(Corpus(path))
+    assert isinstance(found, Transcripts)
+    assert len(found) == 2
+    first, second = found
     text = bytes(piece for piece in first.pieces if isinstance(piece, int)).decode()
     assert text.endswith("<|user|>\nOpen Chrome<|assistant|>\n" + STEP[2]["content"])
     assert bytes(first.targets.tolist()).decode() == STEP[2]["content"]
     assert first.key == second.key
+
+
+def test_lines_of_windows_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    line = json.dumps(STEP).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line + b"\r\n")
+    assert len(cut(Corpus(path))) == 2
 
 
 def test_conversations_may_be_given_in_memory() -> None:

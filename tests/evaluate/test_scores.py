@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from autoglm_gguf import EngineError
+from autoglm_gguf import EngineError, EvaluationError
 from autoglm_gguf.evaluate import scores
 
 
@@ -120,3 +120,27 @@ def test_log_ratio_error_is_that_of_paired_differences() -> None:
 def test_work_is_done_on_a_few_rows_of_a_large_vocabulary() -> None:
     assert scores.rows_at_once(151_552) == 1
     assert scores.rows_at_once(1024) == 64
+
+
+@pytest.mark.parametrize(
+    ("scale", "lowest"),
+    [(0, 0), (math.nan, -3), (1e-4, math.nan), (1e38, -3), (-math.inf, -3), (0, math.inf), (0, -9)],
+)
+def test_base_rows_that_hold_no_probabilities_are_refused(scale: float, lowest: float) -> None:
+    """Zeros, as of a file that was never written to its end, and what anyone may forge."""
+    base = np.zeros((2, 4 + 8), np.uint16)
+    base[0, :4] = np.array([0, -math.log(8)], "<f4").view(np.uint16)  # eight tokens alike
+    base[1, :4] = np.array([scale, lowest], "<f4").view(np.uint16)
+    rows, targets = np.zeros((2, 8), np.float32), np.zeros(2, np.int32)
+    assert scores.compare_with_base(rows[:1], base[:1], targets[:1]).kl_divergence[0] < 1e-6
+    with pytest.raises(EvaluationError, match="damaged") as caught:
+        scores.compare_with_base(rows, base, targets)
+    assert "--save-base" in caught.value.hint
+
+
+def test_base_with_much_under_its_floor_is_taken() -> None:
+    """A large vocabulary, nearly all of it as improbable as can be told: 1.8 % in sum."""
+    rows = np.full((1, 160_000), -16, np.float32)
+    rows[0, 7] = 0
+    found = scores.compare_with_base(rows, scores.encode_base(rows), np.array([7], np.int32))
+    assert abs(found.kl_divergence[0]) < 0.02

@@ -274,17 +274,17 @@ def read_image(source: ImageSource, info: EngineInfo) -> Pixels:
 
 def _read_text(path: Path) -> str:
     try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise EvaluationError(
-                f"{path}: too large ({format_bytes(size)}, at most {format_bytes(_MAX_BYTES)})",
-                hint="a few megabytes are enough: head -c 10000000",
-            )
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise EvaluationError(
             f"{path}: cannot be read ({error.strerror})", hint="check the path"
         ) from error
+    if len(data) > _MAX_BYTES:
+        raise EvaluationError(
+            f"{path}: too large (at most {format_bytes(_MAX_BYTES)})",
+            hint="a few megabytes are enough: head -c 10000000",
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -298,6 +298,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_lines(text: str, path: Path, n_most: int | None) -> Iterator[tuple[Message, ...]]:
+    text = text.removeprefix("\N{BYTE ORDER MARK}")
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, line in lines[:n_most]:
         where = f"{path.name}, line {number}"

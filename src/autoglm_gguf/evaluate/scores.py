@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoglm_gguf.errors import EngineError
+from autoglm_gguf.errors import EngineError, EvaluationError
 
 # 40 bytes each at most are held, and of a large vocabulary one row: less than the plan counts for a
 # sampler, which there is none of.
@@ -22,6 +22,7 @@ _BLOCK_ELEMENTS = 1 << 16
 FLOOR = 16.0
 """Nats under the largest logit, below which a base's logits are all taken for this far below."""
 _LEVELS = 65535
+_SUM_OFF = 0.01  # of a row's probabilities from 1; their 16 bits make it some 1e-4
 _HEAD = 4  # 16-bit words of a row before its levels: scale and lowest log-probability, f32 each
 
 
@@ -138,18 +139,21 @@ def compare_with_base(
 
     Raises:
         EngineError: Logits are not finite.
+        EvaluationError: A base's row holds no probabilities.
     """
     n_vocab = rows.shape[1]
     head = np.ascontiguousarray(base[:, :_HEAD]).view("<f4").astype(np.float64)
     scale, lowest = head[:, :1], head[:, 1:]
     levels = base[:, _HEAD : _HEAD + n_vocab]
-    p_log_base = scale * levels + lowest
+    with np.errstate(over="ignore", invalid="ignore"):  # of a damaged file, which is refused
+        p_log_base = scale * levels + lowest
+        p_base = np.exp(p_log_base)
+    p_base[p_log_base <= -FLOOR] = 0
+    _check_sums(p_base.sum(1), n_vocab)
     at = targets[:, None].astype(np.intp)
     log_total = _log_totals(rows)
     nll = log_total - np.take_along_axis(rows, at, 1)[:, 0]
     base_nll = -np.take_along_axis(p_log_base, at, 1)[:, 0]
-    p_base = np.exp(p_log_base)
-    p_base[p_log_base <= -FLOOR] = 0
     p_log_base -= rows
     p_log_base += log_total[:, None]
     p_base *= p_log_base
@@ -191,6 +195,17 @@ def spread(values: NDArray[np.float64]) -> Spread:
     mean = estimate_mean(values)
     at = np.quantile(values, (0.5, 0.9, 0.95, 0.99, 0.999, 1.0))
     return Spread(mean.value, mean.error, *map(float, at))
+
+
+def _check_sums(sums: NDArray[np.float64], n_vocab: int) -> None:
+    """Refuse rows whose probabilities do not sum to 1, but for what lies under the floor."""
+    least = 1 - _SUM_OFF - n_vocab * math.exp(-FLOOR)
+    wrong = ~((least <= sums) & (sums <= 1 + _SUM_OFF))  # NaN too
+    if wrong.any():
+        raise EvaluationError(
+            f"base file: damaged (the probabilities of a row sum to {sums[wrong][0]:.4g})",
+            hint="make it again: autoglm-gguf evaluate perplexity BASE_MODEL --save-base FILE …",
+        )
 
 
 def _exp(value: float) -> float:

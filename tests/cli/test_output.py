@@ -67,3 +67,7 @@ def test_progress_draws_over_its_line_in_a_terminal(monkeypatch: pytest.MonkeyPa
         line(progress(done))
     assert terminal.getvalue().count("\r\x1b[K") == 3
     assert terminal.getvalue().count("\n") == 1, "a line break at the end only"
+
+
+def test_text_of_a_file_has_no_power_over_the_terminal() -> None:
+    assert output.escape_controls("a\x1b[2Jb\r\x9bc\td\ne微") == "a\\x1b[2Jb\\x0d\\x9bc\td\ne微"

@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{made.path}: {made.n_tensors} matrices, {made.n_tokens} tokens of {made.corpus} "
             f"({made.n_passages} {kind})"
         )
-        output.note(f"{made.model}: {format_seconds(made.seconds)}")
+        model = output.escape_controls(made.model)
+        output.note(f"{model}: {format_seconds(made.seconds)}")
     if arguments.stats:
         watcher.tell_memory()

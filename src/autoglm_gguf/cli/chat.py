@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import signal
 import sys
 import threading
@@ -251,7 +250,7 @@ class Conversation:
                 else part.text
                 for part in parts
             ]
-            output.write(f"{message.role}: {_escape_controls(' '.join(shown))}")
+            output.write(f"{message.role}: {output.escape_controls(' '.join(shown))}")
 
     def _show_memory(self, _: str) -> None:
         for line in draw_memory(self._model):
@@ -319,12 +318,6 @@ def _expand(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:  # ~ of nobody
         return Path(path)
-
-
-def _escape_controls(text: str) -> str:
-    """Text of a file that may come from anywhere, without power over the terminal."""
-    is_control = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and line feed
-    return is_control.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _name_image(source: ImageSource) -> str:

@@ -38,7 +38,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="REGEX=TYPE",
         help="an exception, for example attn_v=q8_0; may be given several times",
     )
-    parser.add_argument("--imatrix", metavar="FILE", help="importance matrix of llama.cpp")
+    parser.add_argument(
+        "--imatrix", metavar="FILE", help="importance matrix, of calibrate or llama-imatrix"
+    )
     parser.add_argument("--name", help="base of the file names (default: the directory's name)")
     parser.add_argument("--n-threads", type=int, metavar="N", help="default: usable cores")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -84,11 +86,16 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
 def _fit(arguments: argparse.Namespace) -> Fit | None:
     keys = ("n_ctx", "image_tokens", "prefer", "backend")
     given = {key: value for key in keys if (value := getattr(arguments, key)) is not None}
+    options = {key: f"--{key.replace('_', '-')}" for key in given}
     if arguments.fit is None and arguments.fit_weights is None:
-        if given:
-            option = next(iter(given)).replace("_", "-")
-            raise ValueError(f"--{option}: belongs to a fit (give --fit or --fit-weights)")
+        if options:
+            option = next(iter(options.values()))
+            raise ValueError(f"{option}: belongs to a fit (give --fit or --fit-weights)")
         return None
+    if arguments.fit is None and (of_run := options.keys() & {"n_ctx", "image_tokens"}):
+        raise ValueError(
+            f"{options[min(of_run)]}: belongs to a run (--fit); --fit-weights bounds a file"
+        )
     return Fit(budget=arguments.fit, weights=arguments.fit_weights, **given)
 
 

@@ -37,11 +37,11 @@ def run(arguments: argparse.Namespace) -> None:
         if isinstance(value, dict):
             output.write(f"{key}:")
             for inner, item in value.items():
-                output.write(f"  {inner:<22} {_text(item)}")
+                output.write(output.escape_controls(f"  {inner:<22} {_text(item)}"))
         elif key == "groups":
             _print_groups(value)
         else:
-            output.write(f"{key:<24} {_text(value)}")
+            output.write(output.escape_controls(f"{key:<24} {_text(value)}"))
 
 
 def summarize(header: Header) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import codecs
 import io
 import json
 import os
+import re
 import sys
 from typing import Any, TextIO
 
@@ -13,6 +14,7 @@ from autoglm_gguf.progress import Progress
 from autoglm_gguf.units import format_bytes, format_seconds
 
 _BAR = 24
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and line feed
 _FIRST_ESTIMATE = 0.02  # before this share is done, the time left is a guess
 
 
@@ -20,6 +22,11 @@ def escape_unprintable() -> None:
     """Let stdout show what its encoding lacks as escapes: a model or file may say anything."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # stderr is so by default
+
+
+def escape_controls(text: str) -> str:
+    """Text of a file that may come from anywhere, without power over the terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def write(text: str = "", *, end: str = "\n") -> None:

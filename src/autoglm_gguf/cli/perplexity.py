@@ -88,7 +88,7 @@ def run_divergence(arguments: argparse.Namespace) -> None:
 
 def _print(found: Divergence) -> None:
     kl = found.kl_divergence
-    output.write(f"{_head(found)}, base {found.base}")
+    output.write(f"{_head(found)}, base {output.escape_controls(found.base)}")
     output.write(f"{'KL divergence':<14}{_show(Estimate(kl.mean, kl.error))}")
     for name, value in (
         ("median", kl.median),
@@ -107,9 +107,8 @@ def _print(found: Divergence) -> None:
 
 def _head(found: Perplexity | Divergence) -> str:
     kind = "transcripts" if found.kind == "transcripts" else f"chunks of {found.n_ctx}"
-    return (
-        f"{found.model}: {found.corpus}, {found.n_passages} {kind}, {found.n_tokens} tokens scored"
-    )
+    names = output.escape_controls(f"{found.model}: {found.corpus}")
+    return f"{names}, {found.n_passages} {kind}, {found.n_tokens} tokens scored"
 
 
 def _show(estimate: Estimate) -> str:

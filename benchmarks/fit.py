@@ -1,6 +1,7 @@
 """What a fit buys: KL divergence and hit rate of fitted files beside every uniform type.
 
-    python benchmarks/fit.py [--transcripts 120] [--screens 50] [--json FILE]
+    python benchmarks/fit.py [--transcripts 120] [--screens 50] [--chunks 24] [--json FILE]
+    python benchmarks/fit.py --scales      # instead: what --search-scales does to each type
 
 Converts models/autoglm-tiny, and measures on its held-out instructions and held-out drawn screens
 against its own f32 file: KL divergence over all tokens of the transcripts, over the answers' tokens
@@ -24,6 +25,7 @@ from typing import Any
 import frame
 
 from autoglm_gguf import AutoGLM, Fit, convert
+from autoglm_gguf.conversion.encode import SEARCHED
 from autoglm_gguf.conversion.recipe import OUTTYPES
 from autoglm_gguf.evaluate.actions import evaluate_actions
 from autoglm_gguf.evaluate.calibration import calibrate
@@ -36,7 +38,8 @@ sys.path.insert(0, str(CHECKPOINT))
 instructions = importlib.import_module("instructions")
 TRAINING_SEED = 77
 CALIBRATION = (160, 16)  # transcripts, screens
-N_CHUNKS = 24  # of 512 tokens, half of them scored
+N_CTX = 512  # tokens of a chunk, half of them scored
+HEAD = ("type", "imatrix", "MB", "KL, all tokens", "KL, answers", "same top", "hits", "beats")
 UNIFORM = [name for name in OUTTYPES if name not in ("f32", "f16", "bf16")]
 RUN = {"memory_budget": "none", "n_gpu_layers": 0, "n_threads": 1}
 
@@ -81,7 +84,7 @@ def as_text(n: int) -> str:
 class Bench:
     """Files of one folder, each measured once."""
 
-    def __init__(self, work: Path, n: int, n_screens: int) -> None:
+    def __init__(self, work: Path, n: int, n_screens: int, n_chunks: int) -> None:
         self._work, self._n_screens = work, n_screens
         self._corpus = Corpus(held_out(n, n_screens))
         exact = convert(CHECKPOINT, work, "f32")
@@ -91,7 +94,7 @@ class Bench:
             exact.text, self._corpus, save_base=self._base, mmproj=self.mmproj, **RUN
         )
         (work / "text.txt").write_text(as_text(600), "utf-8")
-        self._text = Corpus(work / "text.txt", n_ctx=512, n_chunks=N_CHUNKS, parse_special=True)
+        self._text = Corpus(work / "text.txt", n_ctx=N_CTX, n_chunks=n_chunks, parse_special=True)
         self._text_base = work / "text.base"
         evaluate_perplexity(exact.text, self._text, save_base=self._text_base, **RUN)
         self.imatrix = work / "imatrix.gguf"
@@ -152,54 +155,68 @@ def print_row(row: dict[str, Any], note: str = "") -> None:
     print(frame.line(cells), flush=True)
 
 
+def compare_scales(bench: Bench, work: Path) -> list[dict[str, Any]]:
+    """Each type with ggml's scales and with better ones."""
+    rows = []
+    for kind, search in itertools.product(SEARCHED, (False, True)):
+        given = {"search_scales": search, "mmproj_outtype": "f32"}
+        text = convert(CHECKPOINT, work / f"scales-{search}", kind.name, **given).text
+        name = f"{kind.name.lower()}{', better scales' if search else ''}"
+        rows.append({"name": name, "imatrix": False, **bench.measure(text)})
+        print_row(rows[-1])
+    return rows
+
+
+def compare_fits(bench: Bench, budgets: list[str], preferences: list[str]) -> list[dict[str, Any]]:
+    """Fitted files of some types' sizes, and the types that compete with them."""
+    rows = []
+    files = {
+        (outtype, imatrix): text
+        for outtype, imatrix in itertools.product(UNIFORM, (False, True))
+        if (text := bench.convert_uniform(outtype, imatrix)) is not None
+    }
+    measured: dict[tuple[str, bool], dict[str, Any]] = {}
+    for budget, imatrix in itertools.product(budgets, (False, True)):
+        limit = files[budget, True].stat().st_size
+        rivals = []
+        for key, text in files.items():
+            if key[1] != imatrix or not limit <= text.stat().st_size <= 1.05 * limit:
+                continue
+            if key not in measured:
+                measured[key] = {"name": key[0], "imatrix": imatrix, **bench.measure(text)}
+                rows.append(measured[key])
+                print_row(rows[-1])
+            rivals.append(measured[key])
+        for prefer in preferences:
+            row = bench.fitted(limit, imatrix, prefer)
+            beaten = [other["name"] for other in rivals if row["kl"] < other["kl"]]
+            lost = [other["name"] for other in rivals if row["kl"] >= other["kl"]]
+            rows.append(row)
+            print_row(row, ", ".join(beaten) + (f"; not {', '.join(lost)}" if lost else ""))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--transcripts", type=int, default=120)
     parser.add_argument("--screens", type=int, default=50)
+    parser.add_argument("--chunks", type=int, default=24)
     parser.add_argument(
         "--budgets", default="q3_K,q4_0,q4_K,q5_0,iq3_xxs", help="types whose sizes"
     )
     parser.add_argument("--prefer", default="quality", help="quality,speed")
+    parser.add_argument("--scales", action="store_true", help="compare --search-scales instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     arguments = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as directory:
-        bench = Bench(Path(directory), arguments.transcripts, arguments.screens)
-        head = (
-            "type",
-            "imatrix",
-            "MB",
-            "KL, all tokens",
-            "KL, answers",
-            "same top",
-            "hits",
-            "beats",
-        )
-        print(frame.table(head, []))
-        files = {
-            (outtype, imatrix): text
-            for outtype, imatrix in itertools.product(UNIFORM, (False, True))
-            if (text := bench.convert_uniform(outtype, imatrix)) is not None
-        }
-        measured: dict[tuple[str, bool], dict[str, Any]] = {}
-        for budget, imatrix in itertools.product(arguments.budgets.split(","), (False, True)):
-            limit = files[budget, True].stat().st_size
-            rivals = []
-            for key, text in files.items():
-                if key[1] != imatrix or not limit <= text.stat().st_size <= 1.05 * limit:
-                    continue
-                if key not in measured:
-                    found = {"name": key[0], "imatrix": imatrix, **bench.measure(text)}
-                    measured[key] = found
-                    rows.append(found)
-                    print_row(found)
-                rivals.append(measured[key])
-            for prefer in arguments.prefer.split(","):
-                row = bench.fitted(limit, imatrix, prefer)
-                beaten = [other["name"] for other in rivals if row["kl"] < other["kl"]]
-                lost = [other["name"] for other in rivals if row["kl"] >= other["kl"]]
-                rows.append(row)
-                print_row(row, ", ".join(beaten) + (f"; not {', '.join(lost)}" if lost else ""))
+        work = Path(directory)
+        bench = Bench(work, arguments.transcripts, arguments.screens, arguments.chunks)
+        print(frame.table(HEAD, []))
+        if arguments.scales:
+            rows = compare_scales(bench, work)
+        else:
+            budgets, preferences = arguments.budgets.split(","), arguments.prefer.split(",")
+            rows = compare_fits(bench, budgets, preferences)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1))
 

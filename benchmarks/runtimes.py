@@ -185,7 +185,8 @@ class Xllamacpp:
         params.cpuparams.n_threads = settings.n_threads
         params.cpuparams_batch.n_threads = settings.n_threads
         params.n_gpu_layers = 0
-        params.warmup = False  # as the others; a short answer comes before what is measured
+        params.fit_params = False
+        params.warmup = False  # as the others: a short answer comes before what is measured
         self._server = xllamacpp.Server(params)
         self._version = xllamacpp.__version__
 

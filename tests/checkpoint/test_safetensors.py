@@ -111,6 +111,14 @@ def test_shards_skip_a_rotary_table_of_another_type(tmp_path: Path) -> None:
         assert set(shards.tensors) == {"a"}
 
 
+def test_shards_skip_a_rotary_table_of_another_type_when_an_index_names_it(tmp_path: Path) -> None:
+    names = {"a": entry([1], 0, 4), "rotary_emb.inv_freq": entry([1], 4, 12, "F64")}
+    write_raw(tmp_path / "s.safetensors", names, bytes(12))
+    write_json(tmp_path / INDEX, {"weight_map": dict.fromkeys(names, "s.safetensors")})
+    with Shards(tmp_path) as shards:
+        assert list(shards.tensors) == ["a"]
+
+
 # --- incomplete ---
 
 

@@ -215,8 +215,8 @@ def phone(arguments: argparse.Namespace) -> None:
         Measure("peak_bytes", "measured", "B"),
         Measure("encode_0_s", "encode", "s"),
         Measure("eval_image_0_s", "prefill of the image", "s"),
-        Measure("tokens_per_second_0", "tok/s"),
-        Measure("tokens_per_second_1", "tok/s, second"),
+        Measure("tokens_per_second_0", "decode", "tok/s"),
+        Measure("tokens_per_second_1", "decode, second image", "tok/s"),
     ]
     where = "in a memory control group of the budget's size" if arguments.cgroup else "unbounded"
     settings = {"budget": arguments.budget, "where": where, **job["context"]}
@@ -252,8 +252,8 @@ def streaming(arguments: argparse.Namespace) -> None:
         "plain": {"budget": "none", "plain": True, "tokens": 6},
     }
     measures = [
-        Measure("cold", "in the group, cold, tok/s", more=True),
-        Measure("cached", "outside, in the page cache, tok/s", more=True),
+        Measure("cold", "in the group, cold", "tok/s", more=True),
+        Measure("cached", "outside, in the page cache", "tok/s", more=True),
         Measure("cold_peak_bytes", "peak in the group", "B"),
         Measure("cached_peak_bytes", "peak outside", "B"),
         Measure("disk_bytes_per_second", "the disk's own, a second", "B"),

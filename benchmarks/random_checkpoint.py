@@ -175,7 +175,9 @@ def _write_shards(directory: Path, sides: dict[str, tuple[int, ...]]) -> None:
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         _write_shard(directory / file, {name: sides[name] for name in names}, pools)
-    write_json(directory / "model.safetensors.index.json", {"weight_map": weight_map})
+    n_bytes = sum(2 * int(np.prod(dims)) for dims in sides.values())
+    index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
+    write_json(directory / "model.safetensors.index.json", index)
 
 
 def _write_shard(path: Path, sides: dict[str, tuple[int, ...]], pools: tuple[bytes, bytes]) -> None:

@@ -178,7 +178,8 @@ def main() -> None:
     weights = "autoglm-tiny" if pair else frame.figure(path.stat().st_size, "B")
     settings = {"model": path.name, "weights": weights, "tokens at most": arguments.tokens}
     name = "server-tiny" if pair else f"server-{path.parent.name.partition('-')[0]}"
-    record = frame.begin(name, "What the server adds", measures, labels, settings)
+    title = f"What the server adds, {name.partition('-')[2]}"
+    record = frame.begin(name, title, measures, labels, settings)
     model = AutoGLM.load(
         path, memory_budget="none", n_ctx=2048, n_gpu_layers=0, n_threads=arguments.threads
     )

@@ -48,8 +48,8 @@ WARM_UP = 16
 
 def measures(n_prompt: int, n_tokens: int) -> list[Measure]:
     return [
-        Measure("prefill", f"prefill of {n_prompt}, tok/s", more=True),
-        Measure("decode", f"decode of {n_tokens}, tok/s", more=True),
+        Measure("prefill", f"prefill of {n_prompt}", "tok/s", more=True),
+        Measure("decode", f"decode of {n_tokens}", "tok/s", more=True),
         Measure("peak_bytes", "peak memory", "B", more=False),
     ]
 

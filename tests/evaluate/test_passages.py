@@ -185,6 +185,12 @@ def test_images_are_found_beside_the_file(tmp_path: Path) -> None:
         (json.dumps([STEP[1], {"role": "assistant", "content": ""}]), "answer must be text"),
         (json.dumps([{"role": "robot", "content": "a"}, STEP[2]]), "robot"),
         ("[" * 100_000, "not JSON"),
+        (json.dumps([{"role": "user", "content": "a\ud800"}, STEP[2]]), "surrogates not allowed"),
+        (json.dumps([STEP[1], {"role": "assistant", "content": "\udfff"}]), "surrogates not"),
+        (
+            json.dumps([{"role": "user", "content": [{"type": "image", "image": 5}]}, STEP[2]]),
+            "URL",
+        ),
     ],
 )
 def test_lines_that_are_no_transcript_are_refused(tmp_path: Path, line: str, message: str) -> None:
@@ -199,6 +205,15 @@ def test_transcript_larger_than_n_ctx_is_refused_with_what_would_do() -> None:
         cut(Corpus([STEP], n_ctx=16))
     assert caught.value.n_prompt > 16
     assert "--n-ctx 256" in caught.value.hint
+
+
+def test_missing_image_is_told_with_its_transcript(tmp_path: Path) -> None:
+    content = [{"type": "image_url", "image_url": {"url": "none.png"}}]
+    path = write_lines(
+        tmp_path / "steps.jsonl", STEP, [{"role": "user", "content": content}, STEP[2]]
+    )
+    with pytest.raises(ImageError, match=r"steps\.jsonl, transcript 2: .*none\.png: image cannot"):
+        cut(Corpus(path))
 
 
 def test_transcripts_need_a_template_and_images_a_tower() -> None:

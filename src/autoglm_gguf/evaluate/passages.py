@@ -27,6 +27,7 @@ from autoglm_gguf.messages import (
     ImageSource,
     Message,
     MessageLike,
+    TextPart,
     parse_messages,
 )
 from autoglm_gguf.prompt import render_prompt
@@ -226,7 +227,11 @@ def cut_corpus(
         return cut_tokens(tokens, corpus.n_ctx, reader.bos, corpus.n_chunks, corpus.name)
     passages = []
     for number, messages in enumerate(content, 1):
-        passage = _cut_transcript(reader, messages, corpus.content_format)
+        try:
+            passage = _cut_transcript(reader, messages, corpus.content_format)
+        except (PromptError, ImageError) as error:
+            where = f"{corpus.name}, transcript {number}"
+            raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
         n_cells = count_cells(passage.pieces)
         if n_cells > corpus.n_ctx:
             padded = -(-n_cells // _CELLS_PER_PAD) * _CELLS_PER_PAD
@@ -311,7 +316,7 @@ def _parse_lines(text: str, path: Path, n_most: int | None) -> Iterator[tuple[Me
             ) from error
         messages = value.get("messages") if isinstance(value, dict) else value
         conversation = _check_conversation(messages, where)
-        yield tuple(_beside(message, path.parent) for message in conversation)
+        yield tuple(_beside(message, path.parent, where) for message in conversation)
 
 
 def _check_conversation(messages: Any, where: str) -> tuple[Message, ...]:
@@ -323,21 +328,36 @@ def _check_conversation(messages: Any, where: str) -> tuple[Message, ...]:
             raise ValueError("the last message must be the assistant's answer to those before it")
         if not isinstance(parsed[-1].content, str) or not parsed[-1].content:
             raise ValueError("the answer must be text")
+        for message in parsed:
+            _check_text(message)
     except ValueError as error:
         raise EvaluationError(f"{where}: no transcript ({error})") from error
     return parsed
 
 
-def _beside(message: Message, folder: Path) -> Message:
+def _check_text(message: Message) -> None:
+    """Raise UnicodeEncodeError, a ValueError, for halves of characters, which JSON may escape."""
+    content = message.content
+    parts = (content,) if isinstance(content, str) else content
+    for part in parts:
+        text = part.text if isinstance(part, TextPart) else part
+        if isinstance(text, str):
+            text.encode()
+
+
+def _beside(message: Message, folder: Path, where: str) -> Message:
     """With images that are named by relative paths looked for beside the file."""
     if isinstance(message.content, str):
         return message
 
     def find(part: Any) -> Any:
-        source = part.source if isinstance(part, ImagePart) else None
-        if not isinstance(source, str) or source.startswith("data:"):
+        if not isinstance(part, ImagePart):
             return part
-        return ImagePart(folder / source)  # an absolute path stays as it is
+        if not isinstance(part.source, str):
+            raise EvaluationError(f"{where}: no transcript (an image is a path or a data: URL)")
+        if part.source.startswith("data:"):
+            return part
+        return ImagePart(folder / part.source)  # an absolute path stays as it is
 
     return replace(message, content=tuple(map(find, message.content)))
 

@@ -136,6 +136,13 @@ def test_exception_is_kept_and_padded_where_it_asks_for_it(
     assert header.metadata["glm4.feed_forward_length"] == 768
 
 
+def test_exceptions_may_leave_nothing_to_choose(source: Path, tmp_path: Path) -> None:
+    pair = fitted(source, tmp_path, Fit(weights="100MB"), tensor_types=["weight=f32"])
+    assert pair.fit is not None
+    assert (pair.fit.types, pair.fit.estimated_error, pair.fit.gap) == ({}, 0.0, 0.0)
+    assert {info.type_name for info in read_header(pair.text).tensors.values()} == {"F32"}
+
+
 # --- refusals: one error, nothing written ---
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,27 @@ def test_base_may_be_a_model(small: Path, tmp_path: Path) -> None:
     found = evaluate_divergence(small, small, corpus, on_passage=told.append)
     assert abs(found.kl_divergence.mean) < 1e-4
     assert len(told) == 4
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("n_told", [1, 3])
+def test_interrupted_divergence_leaves_no_temporary_base(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_told: int
+) -> None:
+    """While the base is run (two chunks), and while the model is."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    corpus = Corpus(GOLDEN / "text.txt", n_ctx=SMALL_N_CTX, n_chunks=2)
+    told: list[PassageProgress] = []
+
+    def interrupt(progress: PassageProgress) -> None:
+        told.append(progress)
+        assert [path.is_dir() for path in tmp_path.iterdir()] == [True]
+        if len(told) == n_told:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_divergence(small, small, corpus, on_passage=interrupt)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.native

@@ -192,7 +192,8 @@ class Fitter:
             mix.gap,
             plan,
         )
-        outtype = next(o for o in OUTTYPES.values() if o.ggml_type == next(iter(counts)))
+        most = next(iter(counts), GGMLType.F32)  # none is chosen where exceptions name them all
+        outtype = next(o for o in OUTTYPES.values() if o.ggml_type == most)
         recipe = replace(self._recipe, chosen=mix.types)
         return Fitted(recipe, mix.layout.ffn_width, outtype, mmproj, report)
 

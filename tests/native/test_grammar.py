@@ -44,6 +44,7 @@ def nested(n: int) -> dict[str, Any]:
         ({"prefixItems": [STRING], "minItems": 3, "maxItems": 3}, "'minItems' beside"),
         ({"type": "nothing"}, "cannot be turned into a grammar"),
         ({"properties": 5}, "cannot be turned into a grammar"),
+        ({"type": "object", "properties": {"": STRING}}, "a property without a name"),
     ],
 )
 def test_schema_that_would_not_be_kept_to_is_refused(schema: object, named: str) -> None:
@@ -88,7 +89,24 @@ def test_schema_whose_references_lead_in_a_circle_is_refused() -> None:
 def test_schema_that_no_answer_fits_leaves_the_model_usable(random_pair: tuple[Path, Path]) -> None:
     with AutoGLM.load(random_pair[0], mmproj=None, n_ctx=256, n_threads=1) as model:
         with pytest.raises(ValueError, match="schema: no token can follow"):
-            model.generate("t", max_tokens=9, constrain={"enum": ["\0"]})
+            nothing = {"type": "string", "pattern": "^\\u0000$"}  # no token holds that character
+            model.generate("t", max_tokens=9, constrain=nothing)
         with pytest.raises(ValueError, match="schema: nested too deeply"):
             model.generate("t", max_tokens=9, constrain=nested(5000))
         assert model.generate("t", max_tokens=30, constrain={"enum": ["a"]}).text == '"a"'
+
+
+@pytest.mark.parametrize(
+    "value",
+    ['a"b', "a\\b", "a\nb\t", "\0", "打开微信", "", {"a": ['"', 1.5, None]}, "\u2028\u202e🎉"],
+    ids=ascii,
+)
+def test_constant_comes_back_as_it_was(random_pair: tuple[Path, Path], value: Any) -> None:
+    with AutoGLM.load(random_pair[0], mmproj=None, n_ctx=256, n_threads=1) as model:
+        for schema in ({"const": value}, {"enum": [value]}):
+            answer = model.generate("t", max_tokens=90, constrain=schema)
+            assert json.loads(answer.text) == value
+        name = json.dumps(value)
+        named = {"type": "object", "properties": {name: {"const": 1}}, "required": [name]}
+        answer = model.generate("t", max_tokens=90, constrain=named)
+        assert json.loads(answer.text) == {name: 1}

@@ -51,13 +51,32 @@ def schema_to_grammar(schema: str) -> str:
         parsed = _without_root_reference(json.loads(schema))
         order = list(parsed.get("properties", {}))
         _check_schema(parsed)
-        return str(converter.json_schema_to_gbnf(json.dumps(parsed), order))
+        written = converter.SchemaConverter(
+            prop_order={name: n for n, name in enumerate(order)},
+            allow_fetch=False,
+            dotall=False,
+            raw_pattern=False,
+        )
+        written._format_literal = _write_literal
+        whole = json.loads(json.dumps(parsed))  # references are written into it, once each
+        written.visit(written.resolve_refs(whole, "schema"), "")
+        return str(written.format_grammar())
     except _UnfollowedError as error:
         raise ValueError(f"schema: {error}") from None
     except Exception as error:  # it raises nearly everything, AssertionError among it
         raise ValueError(
             f"schema: cannot be turned into a grammar ({type(error).__name__}: {error})"
         ) from error
+
+
+def _write_literal(text: str) -> str:
+    r"""A JSON value as GBNF writes it: what llama.cpp's converter in C++ does.
+
+    The one in Python leaves backslashes as they are, and GBNF takes them away: of ``"a\"b"`` it
+    makes no grammar, of a line break one that breaks the line. Other characters than ASCII stay.
+    """
+    value = json.dumps(json.loads(text), ensure_ascii=False)
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _without_root_reference(schema: dict[str, Any]) -> dict[str, Any]:
@@ -89,6 +108,8 @@ def _check_schema(schema: object) -> None:
         if not isinstance(part, dict):
             continue
         _check_siblings(part)
+        if "" in (part.get("properties") or ()):  # its rule would take the root's name
+            raise _UnfollowedError("a property without a name is not kept to")
         for key, value in part.items():
             if key in _LEFT_ASIDE and value is not False:
                 raise _UnfollowedError(

@@ -18,10 +18,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from serving import CHAT, HI, PATIENCE_S, PacedEngine, fake_app, listening, service_of, until
+from serving import CHAT, HI, PATIENCE_S, PacedEngine, fake_app, service_of, until
 
 from autoglm_gguf import ServerError
-from autoglm_gguf.server import running
 from autoglm_gguf.server.params import ServerParams
 from autoglm_gguf.server.running import address_of, open_sockets, serve
 
@@ -141,6 +140,21 @@ def test_host_that_is_not_this_machine_is_an_error() -> None:
         open_sockets(ServerParams(host="192.0.2.1", port=0, api_key="k"))
 
 
+def test_address_that_this_machine_has_not_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers without IPv6 know localhost by ::1 too."""
+    found = [
+        (family, socket.SOCK_STREAM, 6, "", (address, 0))
+        for family, address in ((socket.AF_INET6, "2001:db8::1"), (socket.AF_INET, "127.0.0.1"))
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    (listener,) = open_sockets(ServerParams(host="localhost", port=0))
+    with listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+    found.pop()
+    with pytest.raises(ServerError, match="cannot listen there"):
+        open_sockets(ServerParams(host="localhost", port=0))
+
+
 def test_localhost_is_listened_to_on_all_its_addresses() -> None:
     sockets = open_sockets(ServerParams(host="localhost", port=0))
     try:
@@ -208,36 +222,3 @@ def test_process_has_no_other_handlers_left() -> None:
 
 def _fail() -> Any:
     raise ServerError("x")
-
-
-def test_request_whose_head_does_not_come_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(running, "_HEAD_S", 0.3)
-    with listening(fake_app()) as url:
-        for begun in (b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "):
-            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
-                client.settimeout(0.05)
-                client.sendall(begun)
-                deadline = time.monotonic() + PATIENCE_S
-                while time.monotonic() < deadline:  # a byte now and then gains no time
-                    try:
-                        if client.recv(1) == b"":
-                            break
-                    except TimeoutError:
-                        client.sendall(b"a" if begun else b"")
-                    except OSError:  # closed while it was being written to
-                        break
-                else:
-                    pytest.fail("the server waits for ever")
-
-
-def test_answer_may_take_longer_than_the_head_of_its_request(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(running, "_HEAD_S", 0.2)
-    engine = PacedEngine(b"again " * 8, token_s=0.02)
-    with listening(fake_app(engine)) as url, httpx2.Client(timeout=PATIENCE_S) as client:
-        for _ in range(2):  # the second one on the same connection
-            answer = client.post(url + CHAT, json=HI)
-            assert answer.json()["choices"][0]["finish_reason"] == "stop"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import logging
 import signal
 import socket
@@ -17,19 +18,17 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from autoglm_gguf.errors import ServerError
 from autoglm_gguf.server.app import create_app
 from autoglm_gguf.server.backend import Backend
+from autoglm_gguf.server.connections import HttpConnection, SocketConnection
 from autoglm_gguf.server.params import ServerParams
 from autoglm_gguf.server.service import Service
 
-_MAX_CONNECTIONS = 512
+_NO_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _CLOSE_S = 3  # for connections that do nothing any more, seconds
-_HEAD_S = 30.0  # the head of a request must arrive within this time, seconds
 _M_MMAP_THRESHOLD = -3  # <malloc.h>
 _LARGE_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
@@ -101,8 +100,8 @@ def configure(app: Any, params: ServerParams) -> uvicorn.Config:
     """How uvicorn runs the application: one parser of HTTP, bounds, and nothing of its own told."""
     return uvicorn.Config(
         app,
-        http=_Protocol,
-        ws="websockets-sansio",
+        http=HttpConnection,
+        ws=SocketConnection,
         ws_max_size=params.max_body_bytes,
         ws_per_message_deflate=False,  # tokens are small, and a bomb needs no door
         loop="asyncio",
@@ -110,43 +109,9 @@ def configure(app: Any, params: ServerParams) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=_MAX_CONNECTIONS,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSE_S,
     )
-
-
-class _Protocol(H11Protocol):
-    """Uvicorn's, which also ends a connection that does not come to the point.
-
-    Uvicorn waits for the head of a request for ever: a few hundred clients that send half of one
-    would keep everybody else out.
-    """
-
-    _late: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._expect_head()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._expect_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._forget_head()
-        super().connection_lost(exc)
-
-    def _expect_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:  # it has arrived
-            self._forget_head()
-        elif self._late is None:  # counted from its first byte: the next ones gain no time
-            self._late = self.loop.call_later(_HEAD_S, self.transport.close)
-
-    def _forget_head(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
 
 
 class _Server(uvicorn.Server):
@@ -203,13 +168,21 @@ def open_sockets(params: ServerParams) -> list[socket.socket]:
     """
     where = f"{params.host}:{params.port}"
     opened: list[socket.socket] = []
+    missing: OSError | None = None
     try:
         found = socket.getaddrinfo(
             params.host, params.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         for family, _, _, _, address in dict.fromkeys(found):
             port = opened[0].getsockname()[1] if opened else address[1]
-            opened.append(_listen(family, (address[0], port)))
+            try:
+                opened.append(_listen(family, (address[0], port)))
+            except OSError as error:
+                if error.errno not in _NO_ADDRESS:
+                    raise
+                missing = error  # localhost has ::1, also where there is no IPv6
+        if missing is not None and not opened:
+            raise missing
     except OSError as error:
         for listener in opened:
             listener.close()

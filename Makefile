@@ -10,7 +10,10 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # Peers to compare with; ours alone, and what is installed: make bench BENCH_EXTRAS=dev
 BENCH_EXTRAS ?= dev,bench
 
-.PHONY: help demo test test-gpu check layers style chat bench bench-full bench-set peers results clean needs
+# Seconds for each target of make fuzz.
+FUZZ_SECONDS ?= 180
+
+.PHONY: help demo test test-gpu check layers style chat bench bench-full bench-set peers results fuzz fuzz-run clean needs
 
 help:
 	@echo "make demo      convert the embedded checkpoint and see it answer, with a screenshot"
@@ -20,6 +23,7 @@ help:
 	@echo "make bench     ours beside its peers, the quick set: ten minutes (BENCH=--publish keeps the results)"
 	@echo "make bench-full  all benchmarks: hours; make bench-full BENCH=--list says what they need"
 	@echo "make peers     compile llama.cpp's own programs, for both"
+	@echo "make fuzz      readers of strangers' bytes, fuzzed: three minutes each (FUZZ_SECONDS=600, FUZZ=actions)"
 	@echo "make style     format, and fix what ruff can fix"
 	@echo "make chat      talk with the embedded model"
 
@@ -61,6 +65,13 @@ peers: $(STAMP)
 # The results page, made again of benchmarks/results and benchmarks/page.md.
 results: $(STAMP)
 	@$(BIN)/python benchmarks/results.py
+
+# Coverage-guided fuzzing, by atheris: FUZZ names targets (all four by default), FUZZ_SECONDS is for each.
+fuzz:
+	@$(MAKE) --no-print-directory fuzz-run EXTRAS=dev,fuzz
+
+fuzz-run: $(STAMP)
+	@$(BIN)/python tests/fuzz/run.py $(FUZZ) --seconds $(FUZZ_SECONDS)
 
 style: $(STAMP)
 	$(BIN)/ruff format .

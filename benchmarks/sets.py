@@ -209,7 +209,8 @@ def main() -> None:
         if not steps:
             parser.error(f"--only: of {','.join(s.name for s in SETS[arguments.set])}")
     arguments.work = arguments.work or arguments.out / "work"
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    for folder in (arguments.work, arguments.out):
+        folder.mkdir(parents=True, exist_ok=True)
     if arguments.list:
         for step in steps:
             tell(f"{step.seconds:6} s  python benchmarks/{step.words}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import httpx2
@@ -27,7 +29,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
 from wires import answer, dialled, opened, receive, said, send
 
+from autoglm_gguf import AutoGLM
 from autoglm_gguf.engine.fake import FakeEngine
+from autoglm_gguf.messages import Chunk
 from autoglm_gguf.server import replies, websocket
 from autoglm_gguf.server.params import ServerParams
 from autoglm_gguf.server.service import Service
@@ -283,6 +287,30 @@ def test_second_question_while_one_is_answered_is_refused() -> None:
         assert last["error"]["code"] == "busy"
         send(wire, type="cancel")
         assert answer(wire)[-1]["finish_reason"] == "cancelled"
+
+
+class LingeringModel(AutoGLM):
+    """Its answers are told to their end a while before it is free again."""
+
+    async def astream(self, *given: Any, **more: Any) -> AsyncGenerator[Chunk, None]:
+        try:
+            async with contextlib.aclosing(super().astream(*given, **more)) as stream:
+                async for chunk in stream:
+                    yield chunk
+        finally:
+            deadline = time.monotonic() + 0.3
+            while time.monotonic() < deadline:  # as a thread that ends in its own time
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.05)
+
+
+def test_next_question_may_follow_the_last_frame_at_once() -> None:
+    model = LingeringModel(FakeEngine(b"ok"), content_format="string")
+    with listening(fake_app(load=lambda: model)) as url, opened(url) as wire:
+        for n in range(3):
+            send(wire, type="generate", prompt="hi", id=str(n))
+            frames = answer(wire)
+            assert (frames[-1]["type"], frames[-1]["id"]) == ("done", str(n)), frames
 
 
 def test_error_of_the_model_is_a_frame_and_the_connection_goes_on() -> None:

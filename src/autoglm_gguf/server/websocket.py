@@ -90,6 +90,8 @@ class _Connection:
         self._answer: Answer | None = None
         self._telling: asyncio.Task[None] | None = None
         self._receiving: asyncio.Task[Any] | None = None
+        self._was_told = False
+        """Of the answer: its last frame."""
         self._n_faults = 0
 
     async def run(self) -> None:
@@ -151,13 +153,18 @@ class _Connection:
             tasks = [task for task in (self._receiving, self._telling) if task is not None]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if self._telling is not None and self._telling.done():
-                telling, self._telling = self._telling, None
-                telling.result()
+                self._end_telling()
             if self._receiving.done():
                 message, self._receiving = self._receiving.result(), None
                 if message["type"] == "websocket.disconnect":
                     return None
                 return message.get("text") or ""  # a binary frame is an empty text: not JSON
+
+    def _end_telling(self) -> None:
+        """Forget an answer that was passed on; raises what ended it."""
+        telling, self._telling = self._telling, None
+        if telling is not None:
+            telling.result()
 
     async def _handle(self, text: str) -> bool:
         """Do what a frame says; False if the connection is over."""
@@ -183,7 +190,10 @@ class _Connection:
     async def _generate(self, frame: Frame, fields: dict[str, Any], n_bytes: int) -> None:
         service = self._service
         if self._telling is not None:
-            raise ApiError(409, "busy", "an answer is being made; cancel it first")
+            if not self._was_told:
+                raise ApiError(409, "busy", "an answer is being made; cancel it first")
+            await asyncio.wait([self._telling])  # the client knows its end: the model comes free
+            self._end_telling()
         asking = service.asking(service.ready())
         held = service.bodies.hold()
         if not held.add(n_bytes):
@@ -206,6 +216,7 @@ class _Connection:
             held.release()
             raise
         writer = writer_for(body, service)
+        self._was_told = False
         self._telling = asyncio.create_task(self._tell(self._answer, writer, _id(frame)))
 
     async def _tell(self, answer: Answer, writer: Writer, mark: dict[str, str]) -> None:
@@ -227,15 +238,19 @@ class _Connection:
                 if chunk.finish_reason is not None:
                     ending = {"finish_reason": chunk.finish_reason, **usage_fields(chunk)}
                     action = action_fields("".join(said))
-                    await self._send({"type": "done", **mark, **ending, **action})
+                    await self._send_end({"type": "done", **mark, **ending, **action})
                     return
         except ApiError as error:
             if error is _CANCELLED:
-                await self._send({"type": "done", **mark, "finish_reason": "cancelled"})
+                await self._send_end({"type": "done", **mark, "finish_reason": "cancelled"})
             else:
-                await self._send({"type": "error", **mark, **error.body()})
+                await self._send_end({"type": "error", **mark, **error.body()})
         finally:
             await answer.close()
+
+    async def _send_end(self, frame: dict[str, Any]) -> None:
+        self._was_told = True
+        await self._send(frame)
 
     async def _send(self, frame: dict[str, Any]) -> None:
         async with asyncio.timeout(self._service.params.stall_s):

@@ -13,7 +13,7 @@ BENCH_EXTRAS ?= dev,bench
 # Seconds for each target of make fuzz.
 FUZZ_SECONDS ?= 180
 
-.PHONY: help demo test test-gpu check layers style chat bench bench-full bench-set peers results fuzz fuzz-run clean needs
+.PHONY: help demo test test-gpu check layers style chat docs site bench bench-full bench-set peers results fuzz fuzz-run clean needs
 
 help:
 	@echo "make demo      convert the embedded checkpoint and see it answer, with a screenshot"
@@ -26,6 +26,7 @@ help:
 	@echo "make fuzz      readers of strangers' bytes, fuzzed: three minutes each (FUZZ_SECONDS=600, FUZZ=actions)"
 	@echo "make style     format, and fix what ruff can fix"
 	@echo "make chat      talk with the embedded model"
+	@echo "make docs      build the documentation's site into build/site; no network is needed to read it"
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
@@ -76,6 +77,14 @@ fuzz-run: $(STAMP)
 style: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs:
+	@$(MAKE) --no-print-directory site EXTRAS=$(EXTRAS)$(if $(findstring docs,$(EXTRAS)),,$(comma)docs)
+
+site: $(STAMP)
+	$(BIN)/python scripts/cli_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html; with search: python3 -m http.server --directory build/site"
 
 clean:
 	rm -rf $(VENV) .venv-gpu out dist build

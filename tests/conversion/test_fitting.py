@@ -267,6 +267,6 @@ def test_disk_too_small_for_any_mix_is_refused_before_measuring(
     given = {"fit": fit, "on_progress": told.append}
     refuse(source, tmp_path / "out", ConversionError, message, **given)
     assert not told
-    usage.free = room + q8_0_bytes // 2  # enough for the smallest, not for what is chosen
+    usage.free = room + q8_0_bytes  # for the smallest pair, not for a text of this size and a tower
     refuse(source, tmp_path / "out", ConversionError, message, **given)
     assert {progress.file for progress in told} == {"measuring"}

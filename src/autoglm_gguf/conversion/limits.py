@@ -12,10 +12,11 @@ from pathlib import Path
 
 from autoglm_gguf.conversion.fit import Fit, Layout
 from autoglm_gguf.conversion.tensors import OutTensor
+from autoglm_gguf.conversion.writer import pad
 from autoglm_gguf.errors import ConversionError, DoesNotFitError
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.describe import ModelDescription, describe_headers, describe_pair
-from autoglm_gguf.gguf.header import DEFAULT_ALIGNMENT, Header, TensorInfo
+from autoglm_gguf.gguf.header import Header, TensorInfo
 from autoglm_gguf.memory.holding import Choice, Holding
 from autoglm_gguf.memory.levers import MEGABYTE, Search
 from autoglm_gguf.memory.plan import MemoryPlan, plan_pair
@@ -27,7 +28,6 @@ from autoglm_gguf.units import format_bytes
 HELD_BYTES = 100_000_000
 _RECIPE_BYTES = 4096  # what the keys of the recipe add to a header, at most
 _FIXED = frozenset(("n_ctx", "max_image_tokens", "n_gpu_layers"))
-_FEED_FORWARD = "{arch}.feed_forward_length"
 
 
 def with_table(keys: Header, tensors: Sequence[OutTensor], types: Mapping[str, GGMLType]) -> Header:
@@ -40,18 +40,18 @@ def with_table(keys: Header, tensors: Sequence[OutTensor], types: Mapping[str, G
     """
     start = keys.file_bytes + _RECIPE_BYTES
     start += sum(len(t.name.encode()) + 24 + 8 * len(t.shape) for t in tensors)
-    at, table = _pad(start), {}
+    at, table = pad(start), {}
     for tensor in tensors:
         kind = types.get(tensor.name, tensor.ggml_type)
         n_bytes = tensor.n_bytes_as(kind)
         shape = tuple(reversed(tensor.shape))
         table[tensor.name] = TensorInfo(tensor.name, shape, kind, at, n_bytes)
-        at = _pad(at + n_bytes)
+        at = pad(at + n_bytes)
     return replace(keys, tensors=table, file_bytes=at)
 
 
 def _text_header(keys: Header, layout: Layout, types: Mapping[str, GGMLType]) -> Header:
-    width = {_FEED_FORWARD.format(arch=keys.architecture): layout.ffn_width}
+    width = {names.FEED_FORWARD_LENGTH.format(arch=keys.architecture): layout.ffn_width}
     keys = replace(keys, metadata=keys.metadata | width)
     return with_table(keys, layout.tensors, types)
 
@@ -169,7 +169,3 @@ def _refusal(fit: Fit, keys: Header, required_bytes: int) -> DoesNotFitError:
         required_bytes=required_bytes,
         hint=f"{fit.option} {least}",
     )
-
-
-def _pad(n_bytes: int) -> int:
-    return -(-n_bytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT

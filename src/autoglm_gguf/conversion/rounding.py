@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from autoglm_gguf.conversion.encode import encode
 from autoglm_gguf.conversion.tensors import ZERO_ROW, OutTensor
-from autoglm_gguf.conversion.writer import check_finite
+from autoglm_gguf.conversion.writer import F16_MAX, check_finite
 from autoglm_gguf.native.ggml import GGMLType, dequantize, row_bytes, to_float32
 from autoglm_gguf.progress import OnProgress, Progress
 
@@ -35,7 +35,6 @@ _SAMPLED_SLOWLY = {
     **dict.fromkeys((GGMLType.IQ3_S, GGMLType.IQ3_XXS), 1 << 17),
 }
 _FEWEST_ROWS = 16
-_F16_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ def _sampled_bytes(tensor: OutTensor) -> int:
 
 
 def _measure_type(tensor: OutTensor, values: NDArray[np.float32], kind: GGMLType) -> RoundingError:
-    if kind == GGMLType.F16 and float(np.abs(values).max()) > _F16_MAX:
+    if kind == GGMLType.F16 and float(np.abs(values).max()) > F16_MAX:
         return RoundingError(1.0, 0.0, len(values))  # it cannot be written
     values = np.ascontiguousarray(values)
     raw = encode(values, kind, tensor.imatrix, search=tensor.search)

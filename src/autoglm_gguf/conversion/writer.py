@@ -26,7 +26,8 @@ from autoglm_gguf.native.ggml import GGMLType, row_bytes, to_float32
 from autoglm_gguf.progress import OnProgress, Progress
 
 _BLOCK_ELEMENTS = 1 << 21  # 8 MiB of f32 per thread
-_F16_MAX = 65504.0
+F16_MAX = 65504.0
+"""The largest value that f16 holds."""
 _EXPONENTS = {  # type -> (mask without the sign, all exponent bits)
     GGMLType.F32: (0x7FFFFFFF, 0x7F800000),
     GGMLType.F16: (0x7FFF, 0x7C00),
@@ -82,7 +83,7 @@ class TensorWriter:
             label: The final name, for the progress.
         """
         with path.open("r+b") as file:
-            start = _pad(file.seek(0, os.SEEK_END))
+            start = pad(file.seek(0, os.SEEK_END))
             jobs = _jobs(tensors, start)
             stop = threading.Event()
             with ThreadPoolExecutor(self._n_threads, "convert") as pool:
@@ -95,7 +96,7 @@ class TensorWriter:
                     stop.set()
             for worker in workers:
                 worker.result()
-            end = start + sum(_pad(t.n_bytes) for t in tensors)
+            end = start + sum(pad(t.n_bytes) for t in tensors)
             file.truncate(end)  # grows it: the last tensor's padding
             file.flush()
             os.fsync(file.fileno())
@@ -144,7 +145,7 @@ def _jobs(tensors: list[OutTensor], start: int) -> Iterator[tuple[OutTensor, int
         stride = row_bytes(tensor.ggml_type, tensor.n_per_row)
         for first in range(0, tensor.n_rows, step):
             yield tensor, first, min(first + step, tensor.n_rows), start + first * stride
-        start += _pad(tensor.n_bytes)
+        start += pad(tensor.n_bytes)
 
 
 def _convert_rows(tensor: OutTensor, first: int, last: int) -> NDArray[np.uint8]:
@@ -154,9 +155,9 @@ def _convert_rows(tensor: OutTensor, first: int, last: int) -> NDArray[np.uint8]
     if source.ggml_type == tensor.ggml_type:
         return block.view(np.uint8)
     values = to_float32(block, source.ggml_type)
-    if tensor.ggml_type == GGMLType.F16 and float(np.abs(values).max()) > _F16_MAX:
+    if tensor.ggml_type == GGMLType.F16 and float(np.abs(values).max()) > F16_MAX:
         raise ConversionError(
-            f"checkpoint: tensor {source.name!r} holds values beyond f16's {_F16_MAX:g}",
+            f"checkpoint: tensor {source.name!r} holds values beyond f16's {F16_MAX:g}",
             hint="convert to bf16, or to a quantised type",
         )
     return encode(values, tensor.ggml_type, tensor.imatrix, search=tensor.search)
@@ -177,5 +178,6 @@ def check_finite(tensor: OutTensor, block: NDArray[Any]) -> None:
         )
 
 
-def _pad(n_bytes: int) -> int:
+def pad(n_bytes: int) -> int:
+    """Bytes of a tensor's data with what follows it up to the next one."""
     return -(-n_bytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT

@@ -20,16 +20,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from autoglm_gguf.conversion.writer import open_temporary
 from autoglm_gguf.errors import EvaluationError
 from autoglm_gguf.evaluate.outfile import check_outfile
 from autoglm_gguf.evaluate.passages import LEAST_N_CTX, Kind, Passages, TextChunks
-from autoglm_gguf.evaluate.scores import row_words
+from autoglm_gguf.evaluate.scores import MAKE_BASE, row_words
 
 _MAGICS: dict[Kind, bytes] = {"text": b"_logits_", "transcripts": b"_answer_"}
 _FACTS = b"_facts__"
 _KEY_BYTES = 32
 _MAX_N_CTX, _MAX_N_VOCAB, _MAX_PASSAGES, _MAX_FACTS_BYTES = 2**20, 2**26, 2**26, 2**20
-_HINT = "make it again: autoglm-gguf evaluate perplexity BASE_MODEL --save-base FILE …"
 VOCABULARY, NLL, MODEL, CORPUS = "vocabulary_sha256", "nll", "model", "corpus"
 """Facts: of the tokens; the scored tokens' mean and its error; the names of base and corpus."""
 
@@ -70,20 +70,16 @@ def create_base(path: Path, passages: Passages, n_vocab: int) -> Iterator[BaseWr
     Raises:
         EvaluationError: The disk is too small, or the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    n_bytes = base_bytes(passages, n_vocab)
+    check_outfile(path, n_bytes=n_bytes, smaller="use fewer --chunks")
     try:
-        n_bytes = base_bytes(passages, n_vocab)
-        check_outfile(path, n_bytes=n_bytes, smaller="use fewer --chunks")
-        try:
+        with open_temporary(path) as temporary:
             with temporary.open("wb") as file:
                 file.write(_pack_head(passages, n_vocab))
                 writer = BaseWriter(file, sum(passages.n_scored))
                 yield writer
                 writer.finish()
             temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise EvaluationError(
             f"{path}: cannot be written ({error.strerror or error})",
@@ -183,7 +179,7 @@ class _Reading:
             return self._text()
         if magic == _MAGICS["transcripts"]:
             return self._transcripts()
-        raise EvaluationError(f"{self._path}: not a file of base logits", hint=_HINT)
+        raise EvaluationError(f"{self._path}: not a file of base logits", hint=MAKE_BASE)
 
     def _text(self) -> BaseHeader:
         n_ctx, n_vocab, n_chunks = struct.unpack("<Iii", self._take(12))
@@ -247,4 +243,4 @@ class _Reading:
             raise self._broken("damaged: its sizes or tokens are out of range")
 
     def _broken(self, how: str) -> EvaluationError:
-        return EvaluationError(f"{self._path}: {how}", hint=_HINT)
+        return EvaluationError(f"{self._path}: {how}", hint=MAKE_BASE)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoglm_gguf.conversion.imatrix import read_sums, write_imatrix
+from autoglm_gguf.conversion.writer import open_temporary
 from autoglm_gguf.errors import EvaluationError, GGUFError
 from autoglm_gguf.evaluate.measuring import (
     Clock,
@@ -212,10 +213,9 @@ class _Store:
             ) from error
 
     def _write(self, path: Path, facts: str | None) -> None:
-        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
         n_ctx = self._corpus.n_ctx
         assert n_ctx is not None
-        try:
+        with open_temporary(path) as draft:
             write_imatrix(
                 draft,
                 self._sums,
@@ -226,8 +226,6 @@ class _Store:
                 facts=facts,
             )
             draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
 
 
 def _matrices(header: Header, *, process_output: bool) -> list[str]:

@@ -21,6 +21,8 @@ from autoglm_gguf.errors import EngineError, EvaluationError
 _BLOCK_ELEMENTS = 1 << 16
 FLOOR = 16.0
 """Nats under the largest logit, below which a base's logits are all taken for this far below."""
+MAKE_BASE = "make it again: autoglm-gguf evaluate perplexity BASE_MODEL --save-base FILE …"
+"""The hint where a base is of no use."""
 _LEVELS = 65535
 _SUM_OFF = 0.01  # of a row's probabilities from 1; their 16 bits make it some 1e-4
 _HEAD = 4  # 16-bit words of a row before its levels: scale and lowest log-probability, f32 each
@@ -204,7 +206,7 @@ def _check_sums(sums: NDArray[np.float64], n_vocab: int) -> None:
     if wrong.any():
         raise EvaluationError(
             f"base file: damaged (the probabilities of a row sum to {sums[wrong][0]:.4g})",
-            hint="make it again: autoglm-gguf evaluate perplexity BASE_MODEL --save-base FILE …",
+            hint=MAKE_BASE,
         )
 
 

@@ -20,6 +20,7 @@ from autoglm_gguf.checkpoint.safetensors import Shards
 from autoglm_gguf.conversion.recipe import Recipe, parse_outtype
 from autoglm_gguf.conversion.tensors import OutTensor, plan_mmproj, plan_text
 from autoglm_gguf.errors import GGUFError
+from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.header import Header, TensorInfo, read_header
 from autoglm_gguf.native.ggml import dequantize, to_float32
 
@@ -133,7 +134,7 @@ def compare_with_checkpoint(
     exact = Recipe(parse_outtype("f32"))
     with Shards(checkpoint) as shards:
         header = read_header(text)
-        width = header.get_int("{arch}.feed_forward_length")
+        width = header.get_int(names.FEED_FORWARD_LENGTH)
         jobs = [(header, plan_text(shards.tensors, config, exact, ffn_width=width))]
         if mmproj is not None:
             jobs.append((read_header(mmproj), plan_mmproj(shards.tensors, config, exact)))

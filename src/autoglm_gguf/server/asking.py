@@ -42,7 +42,7 @@ _ROLES = {"developer": "system"}
 _Body = TypeVar("_Body", bound=Shape)
 
 
-def parse_body(kind: type[_Body], raw: bytes | str) -> _Body:
+def parse_body(kind: type[_Body], raw: bytes | bytearray | str) -> _Body:
     """A body from its JSON.
 
     Raises:

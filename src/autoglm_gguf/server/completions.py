@@ -9,7 +9,7 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
-from autoglm_gguf.server.answers import Ask
+from autoglm_gguf.server.answers import Answer, Ask
 from autoglm_gguf.server.asking import Asking, parse_body
 from autoglm_gguf.server.errors import ApiError
 from autoglm_gguf.server.params import ServerParams
@@ -41,6 +41,19 @@ async def _complete(
     make: Callable[[Asking, _Body, Hashable], Ask],
 ) -> Response:
     service: Service = request.app.state.service
+    answer, writer, stream = await _begin(request, service, kind, make)
+    if stream:
+        return EventStream(answer, writer, service.params)
+    return await answer_whole(answer, writer, request.receive)
+
+
+async def _begin(
+    request: Request,
+    service: Service,
+    kind: type[_Body],
+    make: Callable[[Asking, _Body, Hashable], Ask],
+) -> tuple[Answer, Writer, bool]:
+    """Read a request and begin its answer; its bytes and texts are gone when this returns."""
     asking = service.asking(service.ready())
     held = service.bodies.hold()
     try:
@@ -49,6 +62,7 @@ async def _complete(
 
         def read() -> tuple[_Body, Ask]:
             body = parse_body(kind, raw)
+            raw.clear()  # a screenshot is 10 MB of text: held once, not twice
             return body, make(asking, body, client)
 
         is_slow = len(raw) > _SLOW_BYTES or service.params.fetch_images
@@ -57,10 +71,7 @@ async def _complete(
     except BaseException:
         held.release()
         raise
-    writer = writer_for(body, service)
-    if body.stream:
-        return EventStream(answer, writer, service.params)
-    return await answer_whole(answer, writer, request.receive)
+    return answer, writer_for(body, service), bool(body.stream)
 
 
 def writer_for(body: Sampling, service: Service) -> Writer:
@@ -85,7 +96,7 @@ def client_of(connection: HTTPConnection) -> Hashable:
     return host, connection.headers.get("user-agent", "")
 
 
-async def read_body(request: Request, held: Held, params: ServerParams) -> bytes:
+async def read_body(request: Request, held: Held, params: ServerParams) -> bytearray:
     """The body, refused as soon as it is too large.
 
     Raises:
@@ -120,7 +131,7 @@ async def read_body(request: Request, held: Held, params: ServerParams) -> bytes
         raise ApiError(408, "request_timeout", "the body did not arrive in time") from None
     except ClientDisconnect:
         raise ApiError(CLIENT_LEFT, "client_left", "the client left") from None
-    return bytes(data)
+    return data
 
 
 def _too_large(params: ServerParams) -> ApiError:

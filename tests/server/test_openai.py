@@ -385,6 +385,14 @@ def test_wrong_field_is_named(
     assert caught.value.type == "invalid_request_error"
 
 
+@pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]], [7]])
+def test_token_ids_are_told_to_be_none_that_are_taken(
+    client: openai.OpenAI, prompt: list[Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"prompt: .*token ids are not taken"):
+        client.completions.create(model="any", prompt=prompt)
+
+
 def test_error_in_a_stream_is_raised_by_the_client(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(model="any", messages=user("x" * 9000), stream=True)
     with pytest.raises(openai.APIError, match="does not fit the context"):

@@ -259,6 +259,12 @@ def test_frame_that_makes_no_sense_is_an_error_and_no_more(frame: Any, code: str
         assert said(answer(wire)) == "ok"
 
 
+def test_binary_frame_is_told_to_be_none_that_is_read() -> None:
+    with served(FakeEngine(b"ok")) as (url, _), opened(url) as wire:
+        wire.send(b'{"type": "ping"}')
+        assert "binary" in receive(wire)["error"]["message"]
+
+
 def test_client_that_makes_no_sense_at_all_is_sent_away() -> None:
     with served() as (url, service):
         with opened(url) as wire, pytest.raises(ConnectionClosed) as caught:

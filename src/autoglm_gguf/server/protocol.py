@@ -84,6 +84,12 @@ def _as_strings(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_prompts(value: Any) -> Any:
+    if isinstance(value, list) and any(isinstance(item, int | list) for item in value):
+        raise ValueError("token ids are not taken; send the text")
+    return _as_strings(value)
+
+
 def _as_bool(value: Any) -> Any:
     if value == 0 and not isinstance(value, bool):  # which equals False to Python, and is not it
         raise ValueError("not a boolean")
@@ -184,7 +190,7 @@ class CompletionRequest(Sampling):
     """The body of ``POST /v1/completions``."""
 
     prompt: Annotated[
-        _Prompts, BeforeValidator(_as_strings, json_schema_input_type=_Prompt | _Prompts)
+        _Prompts, BeforeValidator(_as_prompts, json_schema_input_type=_Prompt | _Prompts)
     ]
     """Completed as it is, without the chat template."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

@@ -100,16 +100,22 @@ class _Connection:
             return
         backend = self._service.holder.backend
         await self._send({"type": "ready", "model": backend and backend.info.name})
-        while (text := await self._next_frame()) is not None:
-            try:
-                if not await self._handle(text):
-                    return
-            except ApiError as error:
-                await self._send({"type": "error", **error.body()})
-                self._n_faults += error.status < 429
-                if self._n_faults > _MAX_FAULTS:
-                    await self._socket.close(_POLICY, "too many frames that make no sense")
-                    return
+        while await self._take_frame():
+            pass
+
+    async def _take_frame(self) -> bool:
+        """Wait for a frame and do what it says; False if the connection is over."""
+        text = await self._next_frame()
+        if text is None:
+            return False
+        try:
+            return await self._handle(text)
+        except ApiError as error:
+            await self._send({"type": "error", **error.body()})
+            self._n_faults += error.status < 429
+        if self._n_faults > _MAX_FAULTS:
+            await self._socket.close(_POLICY, "too many frames that make no sense")
+        return self._n_faults <= _MAX_FAULTS
 
     async def close(self) -> None:
         """End what is under way for it."""
@@ -158,7 +164,7 @@ class _Connection:
                 message, self._receiving = self._receiving.result(), None
                 if message["type"] == "websocket.disconnect":
                     return None
-                return message.get("text") or ""  # a binary frame is an empty text: not JSON
+                return message.get("text") or ""  # a binary frame counts as an empty one
 
     def _end_telling(self) -> None:
         """Forget an answer that was passed on; raises what ended it."""
@@ -258,6 +264,8 @@ class _Connection:
 
 
 def _read_json(text: str) -> dict[str, Any]:
+    if not text:
+        raise ApiError(400, "invalid_json", "frame: empty or binary, not JSON in a text frame")
     try:
         fields = from_json(text)
     except ValueError as error:

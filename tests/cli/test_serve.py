@@ -67,6 +67,7 @@ def test_options_become_parameters() -> None:
         (("--host", "0.0.0.0"), "no API key is set"),
         (("--port", "99999"), "port 99999"),
         (("--api-key", "two words"), "api_key"),
+        (("--api-key", ""), "api_key"),
         (("--max-body", "huge"), "not a size"),
     ],
 )

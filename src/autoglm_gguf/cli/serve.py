@@ -97,10 +97,11 @@ def run(arguments: argparse.Namespace) -> None:
 def _params(arguments: argparse.Namespace) -> ServerParams:
     from autoglm_gguf.server.params import KEY_VARIABLE, ServerParams
 
+    given = arguments.api_key  # an empty one is an error: a script meant to give one
     return ServerParams(
         host=arguments.host,
         port=arguments.port,
-        api_key=arguments.api_key or os.environ.get(KEY_VARIABLE) or None,
+        api_key=os.environ.get(KEY_VARIABLE) or None if given is None else given,
         allow_no_key=arguments.allow_no_key,
         allowed_hosts=tuple(arguments.allow_host),
         allowed_origins=tuple(arguments.allow_origin),

@@ -29,7 +29,13 @@ from autoglm_gguf.server.errors import ApiError, as_api_error
 from autoglm_gguf.server.metrics import CONTENT_TYPE
 from autoglm_gguf.server.openapi import describe_api
 from autoglm_gguf.server.params import ServerParams
-from autoglm_gguf.server.security import PAGE_POLICY, SOCKET_PATH, Guard, Observed
+from autoglm_gguf.server.security import (
+    PAGE_POLICY,
+    SOCKET_PATH,
+    Guard,
+    Observed,
+    normal_origin,
+)
 from autoglm_gguf.server.service import Service
 from autoglm_gguf.server.status import describe_status
 from autoglm_gguf.server.websocket import generate
@@ -65,7 +71,7 @@ def create_app(
         middleware.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=service.params.allowed_origins,
+                allow_origins=[*map(normal_origin, service.params.allowed_origins)],
                 allow_methods=["GET", "POST"],
                 allow_headers=["Authorization", "Content-Type"],
             )

@@ -84,7 +84,7 @@ class Guard:
         origins = headers.getlist("origin")
         if origins and (is_socket or scope["method"] not in _SAFE):
             allowed = (*self._params.allowed_origins, *_own_origins(hosts[0]))
-            if len(origins) > 1 or _normal_origin(origins[0]) not in map(_normal_origin, allowed):
+            if len(origins) > 1 or normal_origin(origins[0]) not in map(normal_origin, allowed):
                 raise ApiError(
                     403,
                     "origin_not_allowed",
@@ -111,7 +111,8 @@ class Guard:
             return
         if path == SOCKET_PATH and not sends_key(headers):
             return  # its first frame must have it
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        sent = headers.getlist("authorization")
+        scheme, _, given = (sent[0] if len(sent) == 1 else "").partition(" ")
         if scheme.lower() != "bearer" or not key_matches(given.strip(), key):
             raise ApiError(
                 401,
@@ -137,14 +138,10 @@ def _own_origins(host: str) -> tuple[str, str]:
     return f"http://{host}", f"https://{host}"  # https: behind a proxy that ends TLS
 
 
-def _normal_origin(origin: str) -> str:
-    """An origin with its port, in lower case; a text that is none, as ``null``, equals no other."""
-    try:
-        parts = urlsplit(origin.lower())
-        port = parts.port or _PORTS.get(parts.scheme, 0)
-    except ValueError:
-        return ""
-    return f"{parts.scheme}://{parts.hostname}:{port}" if parts.hostname else origin
+def normal_origin(origin: str) -> str:
+    """An origin as browsers write it: in lower case, without the port that its scheme implies."""
+    text = origin.lower()
+    return text.removesuffix(f":{_PORTS.get(text.partition(':')[0])}")
 
 
 class Observed:

@@ -12,8 +12,10 @@ BENCH_EXTRAS ?= dev,bench
 
 # Seconds for each target of make fuzz.
 FUZZ_SECONDS ?= 180
+MODULE ?= actions.py
+SOAK_SECONDS ?= 600
 
-.PHONY: help demo test test-gpu check layers style chat docs site bench bench-full bench-set peers results fuzz fuzz-run clean needs
+.PHONY: help demo test test-gpu check layers style chat docs site bench bench-full bench-set peers results fuzz fuzz-run mutate mutate-run soak clean needs
 
 help:
 	@echo "make demo      convert the embedded checkpoint and see it answer, with a screenshot"
@@ -24,6 +26,8 @@ help:
 	@echo "make bench-full  all benchmarks: hours; make bench-full BENCH=--list says what they need"
 	@echo "make peers     compile llama.cpp's own programs, for both"
 	@echo "make fuzz      readers of strangers' bytes, fuzzed: three minutes each (FUZZ_SECONDS=600, FUZZ=actions)"
+	@echo "make mutate    which small faults the tests of a module would not see (MODULE=memory/estimate.py)"
+	@echo "make soak      a server under mixed traffic for ten minutes (SOAK_SECONDS=3600): memory stays flat"
 	@echo "make style     format, and fix what ruff can fix"
 	@echo "make chat      talk with the embedded model"
 	@echo "make docs      build the documentation's site into build/site; no network is needed to read it"
@@ -73,6 +77,17 @@ fuzz:
 
 fuzz-run: $(STAMP)
 	@$(BIN)/python tests/fuzz/run.py $(FUZZ) --seconds $(FUZZ_SECONDS)
+
+# Mutation testing, by mutmut: MODULE is a file under src/autoglm_gguf; MUTATE="--most 200" samples.
+mutate:
+	@$(MAKE) --no-print-directory mutate-run EXTRAS=dev,mutate
+
+mutate-run: $(STAMP)
+	@$(BIN)/python scripts/mutate.py $(MODULE) $(MUTATE)
+
+# A server under mixed traffic, looked at for what stays: SOAK passes options on (a MODEL.gguf, --clients).
+soak: $(STAMP)
+	@$(BIN)/python benchmarks/soak.py --seconds $(SOAK_SECONDS) $(SOAK)
 
 style: $(STAMP)
 	$(BIN)/ruff format .

@@ -35,13 +35,15 @@ SHAPE = Shape(
     merger_width=2048,
     n_vocab=16384,
 )
+SIZES = {"n_ctx": 512, "n_batch": 64, "n_threads": 1, "n_gpu_layers": 0}
+SMALL = {**SIZES, "max_image_tokens": 96}
 # Loads, makes 16 tokens after a whole batch, and after an image where there is a tower.
 CHILD = """
 import json, sys
 from PIL import Image
 from autoglm_gguf import AutoGLM
 job = json.loads(sys.argv[1])
-sizes = {"n_ctx": 512, "n_batch": 64, "n_threads": 1, "n_gpu_layers": 0}
+sizes = job["sizes"]
 report = {"tokens": []}
 with AutoGLM.load(
     job["model"], mmproj="auto" if job["image"] else None, memory_budget=job["budget"], **sizes
@@ -83,10 +85,15 @@ def run(
         image: With the tower, and two images.
         file: The second one.
     """
-    path = None if file is None else str(file)
-    job = json.dumps({"model": str(model), "budget": budget, "image": image, "file": path})
+    job = {"model": str(model), "budget": budget, "image": image, "sizes": SIZES, "file": None}
+    if file is not None:
+        job |= {"sizes": SMALL, "file": str(file)}
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, job], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", CHILD, json.dumps(job)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
@@ -123,8 +130,7 @@ def test_pair_larger_than_its_budget_sees_images_within_it(model: Path) -> None:
 def test_largest_image_that_a_budget_leaves_room_for_is_seen_within_it(
     model: Path, tmp_path: Path
 ) -> None:
-    sizes = {"n_ctx": 512, "n_batch": 64, "n_threads": 1, "n_gpu_layers": 0}
-    most = plan_memory(model, memory_budget="300MB", **sizes).largest_image_pixels
+    most = plan_memory(model, memory_budget="300MB", **SMALL).largest_image_pixels
     assert most is not None and most > 1080 * 2400
     screen = tmp_path / "screen.png"
     Image.new("RGBA", (1000, most // 1000), "red").save(screen)

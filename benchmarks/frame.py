@@ -223,6 +223,8 @@ def begin(
         labels: Rows, by name.
         packages: Distributions whose versions are told beside ours, if installed.
     """
+    # Every process here imports compiled modules, as an installation does.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     machine, versions = probe()
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -116,7 +116,7 @@ class Site:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._answer, self._slow_s, self.asked = answer, slow_s, b""
-        monkeypatch.setattr(images, "_PORTS", {"http": self.port, "https": 443})
+        monkeypatch.setattr(images, "PORTS", {"http": self.port, "https": 443})
         monkeypatch.setattr(images, "public_address", lambda *_: "127.0.0.1")
         threading.Thread(target=self._serve, daemon=True).start()
 

@@ -14,11 +14,10 @@ import time
 from urllib.parse import SplitResult, urlsplit
 
 from autoglm_gguf.server.errors import ApiError
-from autoglm_gguf.server.params import ServerParams
+from autoglm_gguf.server.params import PORTS, ServerParams
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _FETCH_S = 10.0
-_PORTS = {"http": 80, "https": 443}
 
 
 def read_image(url: str, params: ServerParams, param: str) -> bytes:
@@ -35,9 +34,9 @@ def read_image(url: str, params: ServerParams, param: str) -> bytes:
     scheme = url[: url.find(":")].lower() if ":" in url[:10] else ""
     if scheme == "data":
         data = _read_data(url, param)
-    elif scheme in _PORTS and params.fetch_images:
+    elif scheme in PORTS and params.fetch_images:
         data = fetch_image(url, params.max_body_bytes, param)
-    elif scheme in _PORTS:
+    elif scheme in PORTS:
         raise _refuse(param, "web addresses are not fetched by this server", _EMBED)
     else:
         raise _refuse(param, "not a data: URL", _EMBED)
@@ -87,10 +86,10 @@ def fetch_image(url: str, max_bytes: int, param: str) -> bytes:
 
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
+        host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
     except ValueError as error:
         raise _refuse(param, "not an address") from error
-    if parts.username is not None or port != _PORTS[parts.scheme] or not host:
+    if parts.username is not None or port != PORTS[parts.scheme] or not host:
         raise _refuse(param, "an address with a user, an odd port, or no host")
     address = public_address(host, port)
     if address is None:

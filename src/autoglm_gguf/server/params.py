@@ -16,6 +16,8 @@ from autoglm_gguf.units import format_bytes
 ConstrainActions: TypeAlias = Literal["auto", "on", "off"]
 CONSTRAIN_ACTIONS: tuple[ConstrainActions, ...] = ("auto", "on", "off")
 KEY_VARIABLE = "AUTOGLM_GGUF_API_KEY"
+PORTS = {"http": 80, "https": 443}
+"""Of an address that names none."""
 _KEY = re.compile(r"[\x21-\x7e]{1,512}")  # what fits into a header, without spaces
 _ORIGIN = re.compile(r"https?://[^/\s@]+")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")

@@ -22,14 +22,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autoglm_gguf.server.errors import ApiError, as_api_error
 from autoglm_gguf.server.metrics import Metrics
-from autoglm_gguf.server.params import ServerParams, is_loopback
+from autoglm_gguf.server.params import PORTS, ServerParams, is_loopback
 from autoglm_gguf.server.sse import CLIENT_LEFT, LEFT
 
 _KEYED = ("/v1/", "/metrics", "/status", "/ws/")
 SOCKET_PATH = "/ws/generate"
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _DRAIN_S = 10.0
-_PORTS = {"http": 80, "https": 443}
 # The page draws screenshots it was given (data:) and talks to this server alone. With trusted types
 # that nobody may make, a browser refuses text that would be read as HTML or as a script.
 PAGE_POLICY = (
@@ -141,7 +140,7 @@ def _own_origins(host: str) -> tuple[str, str]:
 def normal_origin(origin: str) -> str:
     """An origin as browsers write it: in lower case, without the port that its scheme implies."""
     text = origin.lower()
-    return text.removesuffix(f":{_PORTS.get(text.partition(':')[0])}")
+    return text.removesuffix(f":{PORTS.get(text.partition(':')[0])}")
 
 
 class Observed:

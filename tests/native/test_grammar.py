@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,26 @@ def test_constant_comes_back_as_it_was(random_pair: tuple[Path, Path], value: An
         named = {"type": "object", "properties": {name: {"const": 1}}, "required": [name]}
         answer = model.generate("t", max_tokens=90, constrain=named)
         assert json.loads(answer.text) == {name: 1}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 60},
+        {"type": "string", "pattern": "^.{1,60}$"},
+    ],
+    ids=["string", "pattern"],
+)
+def test_answer_held_to_a_schema_is_json_where_the_model_would_break_the_line(
+    schema: object, tiny_pair: Callable[[str], tuple[Path, Path]]
+) -> None:
+    with AutoGLM.load(tiny_pair("q8_0")[0], mmproj=None, n_ctx=512) as model:
+        free = model.generate("打开微信", max_tokens=60)
+        assert "\n" in free.text and '"' in free.text, "what a JSON string cannot hold as it is"
+        held = model.generate("打开微信", max_tokens=400, constrain=schema)
+        assert held.finish_reason == "stop" and json.loads(held.text) is not None
+
+
+def test_schema_keeps_texts_that_look_like_classes() -> None:
+    grammar = schema_to_grammar(json.dumps({"enum": ["[^a]", '"[^']}))
+    assert '"\\"[^a]\\""' in grammar

@@ -34,6 +34,7 @@ _NARROWING = (
     *("$ref", "oneOf", "anyOf", "allOf", "const", "enum", "pattern", *_TIMES),
     *("properties", "required", "additionalProperties", "items", "prefixItems"),
 )
+_CLASS_OR_LITERAL = re.compile(r'\[(?:[^\]\\]|\\.)*\]|"(?:[^"\\]|\\.)*"')
 _NAMED = ("properties", "$defs", "definitions")  # their keys are names, their values schemas
 _NESTED = ("items", "prefixItems", "additionalProperties", "oneOf", "anyOf", "allOf")
 
@@ -60,7 +61,7 @@ def schema_to_grammar(schema: str) -> str:
         written._format_literal = _write_literal
         whole = json.loads(json.dumps(parsed))  # references are written into it, once each
         written.visit(written.resolve_refs(whole, "schema"), "")
-        return str(written.format_grammar())
+        return _only_json(str(written.format_grammar()))
     except _UnfollowedError as error:
         raise ValueError(f"schema: {error}") from None
     except Exception as error:  # it raises nearly everything, AssertionError among it
@@ -77,6 +78,19 @@ def _write_literal(text: str) -> str:
     """
     value = json.dumps(json.loads(text), ensure_ascii=False)
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _only_json(grammar: str) -> str:
+    """The same without the control characters, quotes and backslashes that no JSON text holds bare.
+
+    The converter's ``char`` lets line breaks through, and the dot of a pattern quotes as well.
+    """
+
+    def narrow(found: re.Match[str]) -> str:
+        text = found[0]
+        return rf'[^\x00-\x1F"\\{text[2:]}' if text.startswith("[^") else text
+
+    return _CLASS_OR_LITERAL.sub(narrow, grammar)
 
 
 def _without_root_reference(schema: dict[str, Any]) -> dict[str, Any]:

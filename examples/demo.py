@@ -1,4 +1,9 @@
-"""From checkpoint to answer: converts the embedded checkpoint, asks it, and lets it tap."""
+"""From checkpoint to answer: converts the embedded checkpoint, asks it, and lets it tap.
+
+    python examples/demo.py
+
+GGUF files and drawings go to out/. `make demo` runs it.
+"""
 
 from pathlib import Path
 

@@ -6,7 +6,11 @@ BIN := $(VENV)/bin
 comma := ,
 # One stamp per set of extras: a second run installs nothing.
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+# What releases are made with has an environment of its own: nothing is compiled for it.
+DIST_VENV := .venv-dist
+DIST_TOOLS := build twine check-wheel-contents towncrier
 
+<<<<<<< HEAD
 # Peers to compare with; ours alone, and what is installed: make bench BENCH_EXTRAS=dev
 BENCH_EXTRAS ?= dev,bench
 
@@ -16,6 +20,9 @@ MODULE ?= actions.py
 SOAK_SECONDS ?= 600
 
 .PHONY: help demo test test-gpu check layers style chat docs site bench bench-full bench-set peers results fuzz fuzz-run mutate mutate-run soak clean needs
+=======
+.PHONY: help demo test test-gpu check layers style chat dist try-dist changelog clean needs
+>>>>>>> 794368e (release: make dist builds and checks wheel and sdist, make try-dist tries every command of the wheel; version in one place, changelog fragments, workflows)
 
 help:
 	@echo "make demo      convert the embedded checkpoint and see it answer, with a screenshot"
@@ -30,7 +37,13 @@ help:
 	@echo "make soak      a server under mixed traffic for ten minutes (SOAK_SECONDS=3600): memory stays flat"
 	@echo "make style     format, and fix what ruff can fix"
 	@echo "make chat      talk with the embedded model"
+<<<<<<< HEAD
 	@echo "make docs      build the documentation's site into build/site; no network is needed to read it"
+=======
+	@echo "make dist      build the wheel and the sdist, and check them"
+	@echo "make try-dist  install the wheel into an empty environment and try every command"
+	@echo "make changelog show what the next release's changelog will say"
+>>>>>>> 794368e (release: make dist builds and checks wheel and sdist, make try-dist tries every command of the wheel; version in one place, changelog fragments, workflows)
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
@@ -93,6 +106,7 @@ style: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+<<<<<<< HEAD
 docs:
 	@$(MAKE) --no-print-directory site EXTRAS=$(EXTRAS)$(if $(findstring docs,$(EXTRAS)),,$(comma)docs)
 
@@ -100,9 +114,32 @@ site: $(STAMP)
 	$(BIN)/python scripts/cli_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "build/site/index.html; with search: python3 -m http.server --directory build/site"
+=======
+# The wheel is built from the sdist, so that what the sdist lacks is missed here.
+dist: $(DIST_VENV)/.installed changelog
+	rm -rf dist
+	$(DIST_VENV)/bin/python -m build
+	$(DIST_VENV)/bin/twine check --strict dist/*
+	$(DIST_VENV)/bin/check-wheel-contents dist/*.whl
+	$(DIST_VENV)/bin/python scripts/check_dist.py dist
+
+try-dist:
+	@test -e dist/*.whl || $(MAKE) dist
+	$(PYTHON) scripts/try_wheel.py dist/*.whl
+
+# SINCE=origin/main: fails where something changed since then and no fragment says so.
+changelog: $(DIST_VENV)/.installed
+	$(DIST_VENV)/bin/towncrier build --draft --version next
+	$(if $(SINCE),$(DIST_VENV)/bin/towncrier check --compare-with $(SINCE))
+>>>>>>> 794368e (release: make dist builds and checks wheel and sdist, make try-dist tries every command of the wheel; version in one place, changelog fragments, workflows)
 
 clean:
-	rm -rf $(VENV) .venv-gpu out dist build
+	rm -rf $(VENV) $(DIST_VENV) .venv-gpu out dist build
+
+$(DIST_VENV)/.installed: Makefile
+	@$(PYTHON) -m venv $(DIST_VENV)
+	@$(DIST_VENV)/bin/pip install --quiet --disable-pip-version-check $(DIST_TOOLS)
+	@touch $@
 
 $(STAMP): pyproject.toml
 	@$(MAKE) --no-print-directory needs

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from cloud_server import Cloud, Play, event, refuse, say
+from hybrids import HOME, LONG, Ask, cloud_of, device, route_of, sources
 
+from autoglm_gguf import ContextFullError, HybridClient, HybridPolicy
 from autoglm_gguf.hybrid.breaker import MAX_OPEN_S, CircuitBreaker
 
 
@@ -93,3 +96,54 @@ def test_last_failure_opens_for_the_longer_of_both_times(clock: Clock) -> None:
     breaker.fail(5)
     clock.now += 29
     assert breaker.obstacle() != ""
+
+
+# --- behind a `HybridClient` ---
+
+
+def test_cloud_that_fails_is_left_alone_and_tried_again(ask: Ask, clock: Clock) -> None:
+    with Cloud(*[refuse(500)] * 3, say(HOME)) as cloud:
+        policy = HybridPolicy(n_failures=2, open_s=30, cache_size=0)
+        model = HybridClient(device(), cloud_of(cloud), policy, clock=clock)
+        assert sources(model, ask, 4) == ["local"] * 4
+        assert len(cloud.requests) == 2, "left alone after two"
+        reason = route_of(ask(model, constrain="action")).reason
+        assert reason == "the cloud failed 2 times in a row and is left alone for 30 s more"
+        clock.now += 30
+        assert sources(model, ask, 2) == ["local"] * 2
+        assert len(cloud.requests) == 3, "one try, which failed"
+        clock.now += 30
+        assert sources(model, ask, 2) == ["cloud"] * 2
+
+
+def test_retry_after_of_a_cloud_is_heeded(ask: Ask, clock: Clock) -> None:
+    with Cloud(refuse(429, Retry_After="60"), say(HOME)) as cloud:
+        model = HybridClient(device(), cloud_of(cloud), clock=clock)
+        assert sources(model, ask, 2) == ["local"] * 2
+        assert len(cloud.requests) == 1
+        clock.now += 60
+        assert sources(model, ask, 1) == ["cloud"]
+
+
+@pytest.mark.parametrize("play", [refuse(400), refuse(422), say("no action")])
+def test_answers_to_bad_requests_do_not_count_as_failures(ask: Ask, play: Play) -> None:
+    with Cloud(*[play] * 3, say(HOME)) as cloud:
+        model = HybridClient(device(), cloud_of(cloud), HybridPolicy(n_failures=1, cache_size=0))
+        assert sources(model, ask, 4) == ["local"] * 3 + ["cloud"]
+
+
+def test_request_that_was_given_up_frees_the_try(ask: Ask, clock: Clock) -> None:
+    with Cloud(refuse(500), Play([event("a")], hangs=True), say("hello")) as cloud:
+        model = HybridClient(
+            device(), cloud_of(cloud), HybridPolicy(n_failures=1, open_s=5), clock=clock
+        )
+        with pytest.raises(ContextFullError):
+            ask(model, LONG)
+        clock.now += 5
+        stream = model.stream(LONG)
+        assert next(stream).text == "a"
+        with pytest.raises(ContextFullError) as caught:
+            ask(model, LONG + "x")
+        assert "not asked: the cloud failed and is being tried by another" in caught.value.hint
+        stream.close()
+        assert ask(model, LONG).text == "hello"

@@ -1,34 +1,26 @@
-"""`HybridClient` over a fake device and a scripted cloud: who answers, why, and what is sent."""
+"""`HybridClient` over a fake device and a scripted cloud: who answers, and as what model."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cloud_server import Cloud, Play, Request, event, frame, refuse, say
+from cloud_server import Cloud, Play, Request, event, refuse, say
+from hybrids import BACK, HOME, LONG, PICTURES, SCREEN, UNSURE, Ask, cloud_of, device, route_of
 from numpy.typing import NDArray
 from PIL import Image
 from rated_engine import RatedEngine
 
 from autoglm_gguf import (
-    ActionParseError,
     AutoGLM,
-    Chunk,
-    CloudError,
     CloudModel,
-    Completion,
-    ContextFullError,
     DoesNotFitError,
     HybridClient,
     HybridPolicy,
-    ImageError,
     ImagePart,
     Message,
     Route,
@@ -38,47 +30,6 @@ from autoglm_gguf import (
 from autoglm_gguf.actions import SYSTEM_PROMPT_EN, Tap
 from autoglm_gguf.engine.fake import FakeEngine
 from autoglm_gguf.hybrid.local import UnloadedModel
-from autoglm_gguf.messages import collect
-
-BACK = '<think>t</think><answer>do(action="Back")'
-HOME = '<think>c</think>\n<answer>do(action="Home")'
-SCREEN = Image.new("RGB", (112, 168), "red")
-PICTURES = HybridPolicy(send_images=True)
-UNSURE = "an unsure action, token probability 0.40 on average, under 0.9"
-LONG = "x" * 5000
-
-
-def device(answer: str = BACK, probability: float = 0.4, **options: Any) -> AutoGLM:
-    return AutoGLM(RatedEngine(answer.encode(), probability, **options))
-
-
-def cloud_of(cloud: Cloud, **options: Any) -> CloudModel:
-    return CloudModel(cloud.base_url, "big", **options)
-
-
-Ask = Callable[..., Completion]
-
-
-@pytest.fixture(params=["stream", "astream"])
-def ask(request: pytest.FixtureRequest) -> Ask:
-    """Ask as a thread does, and as an event loop does."""
-
-    def ask(model: HybridClient, prompt: Any = "go back", **options: Any) -> Completion:
-        if request.param == "stream":
-            return model.generate(prompt, **options)
-
-        async def read() -> list[Chunk]:
-            return [chunk async for chunk in model.astream(prompt, **options)]
-
-        return collect(asyncio.run(read()))
-
-    return ask
-
-
-def route_of(answer: Completion) -> Route:
-    assert answer.route is not None
-    return answer.route
-
 
 # --- the device answers ---
 
@@ -257,281 +208,6 @@ def test_model_that_is_not_loaded_leaves_all_to_the_cloud(ask: Ask) -> None:
     assert model.memory() is not None
     model.cancel()
     model.close()
-
-
-# --- what may leave the device ---
-
-
-def test_image_is_not_sent_unless_allowed(ask: Ask) -> None:
-    with Cloud(say(HOME)) as cloud:
-        model = HybridClient(device(), cloud_of(cloud))
-        answer = ask(model, "see", image=SCREEN, constrain="action")
-        history = [
-            Message("user", (ImagePart(SCREEN), TextPart("see"))),
-            Message("assistant", BACK),
-            Message("user", "and now?"),
-        ]
-        older = ask(model, history, constrain="action")
-        assert cloud.n_connections == 0
-        ask(model, "text alone", constrain="action")
-    for kept in (answer, older):
-        assert kept.text == BACK
-        assert route_of(kept) == Route(
-            "local", "its images may not leave the device (send_images, --cloud-images)", "fake"
-        )
-    (request,) = cloud.requests
-    assert b"image" not in request.raw and b"base64" not in request.raw
-
-
-def test_image_is_sent_as_its_pixels_when_allowed(ask: Ask) -> None:
-    with Cloud(say(HOME)) as cloud:
-        model = HybridClient(device(), cloud_of(cloud), PICTURES)
-        answer = ask(model, "see", image=SCREEN, constrain="action")
-    assert route_of(answer).source == "cloud"
-    image, text = cloud.requests[0].body["messages"][0]["content"]
-    assert text == {"type": "text", "text": "see"}
-    data = base64.b64decode(image["image_url"]["url"].partition(",")[2])
-    with Image.open(io.BytesIO(data)) as opened:
-        assert opened.tobytes() == SCREEN.tobytes()
-
-
-def test_image_that_the_device_takes_none_of_goes_to_the_cloud_when_allowed(ask: Ask) -> None:
-    with Cloud(say("a red screen")) as cloud:
-        blind = device(vision=False)
-        assert ask(HybridClient(blind, cloud_of(cloud), PICTURES), "see", image=SCREEN).text
-        model = HybridClient(blind, cloud_of(cloud))
-        with pytest.raises(ImageError, match="takes no images") as caught:
-            ask(model, "see", image=SCREEN)
-    assert "the cloud was not asked: its images may not leave the device" in caught.value.hint
-    assert len(cloud.requests) == 1
-    assert not model.takes_images
-
-
-def test_what_is_no_image_goes_nowhere(ask: Ask) -> None:
-    error = DoesNotFitError("9B: does not fit", budget_bytes=1, required_bytes=2)
-    with Cloud() as cloud:
-        for local in (device(), device(vision=False), UnloadedModel("9B", error)):
-            with pytest.raises(ImageError):
-                ask(HybridClient(local, cloud_of(cloud), PICTURES), "see", image=b"no image")
-    assert cloud.n_connections == 0
-
-
-@pytest.mark.parametrize(
-    ("policy", "options", "reason"),
-    [
-        (HybridPolicy(offline=True), {}, "offline: nothing may leave the device"),
-        (
-            HybridPolicy(),
-            {"raw": True},
-            "a raw prompt has no messages that a cloud could be sent",
-        ),
-    ],
-)
-def test_request_that_may_not_leave_stays(
-    ask: Ask, policy: HybridPolicy, options: dict[str, Any], reason: str
-) -> None:
-    with Cloud() as cloud:
-        model = HybridClient(device(), cloud_of(cloud), policy)
-        answer = ask(model, constrain="action", **options)
-        assert (answer.text, route_of(answer).reason) == (BACK, reason)
-        with pytest.raises(ContextFullError) as caught:
-            ask(model, LONG, **options)
-    assert caught.value.hint.endswith(f"the cloud was not asked: {reason}")
-    assert cloud.n_connections == 0
-
-
-def test_error_of_a_device_without_a_cloud_is_as_it_was(ask: Ask) -> None:
-    with pytest.raises(ContextFullError) as caught:
-        ask(HybridClient(device()), LONG)
-    with pytest.raises(ContextFullError) as own:
-        device().generate(LONG)
-    assert str(caught.value) == str(own.value)
-
-
-# --- the cloud fails ---
-
-FAILURES = {
-    "refuses": (refuse(500), r"refuses (HTTP 500)"),
-    "has enough": (refuse(429, Retry_After="9"), "refuses (HTTP 429)"),
-    "says wrong JSON": (Play([b"data: {oops\n\n"]), "its answer is no chat completion"),
-    "says an error": (Play([frame({"error": "oom"})]), "an error within its answer (oom)"),
-    "is truncated": (Play([event(HOME)]), "its answer ended in the middle"),
-    "breaks off": (Play([event(HOME)], breaks=True), "its answer broke off"),
-    "hangs": (Play([event(HOME)], hangs=True), "its answer took over 2 s"),
-    "withholds": (say("", finish="content_filter"), "withholds its answer"),
-    "says no action": (say("I cannot help."), "its answer is no valid action"),
-    "says an unknown action": (say('do(action="Fly")'), "its answer is no valid action"),
-}
-
-
-@pytest.mark.parametrize("kind", FAILURES)
-def test_devices_answer_stands_when_the_cloud_fails(ask: Ask, kind: str) -> None:
-    play, told = FAILURES[kind]
-    with Cloud(play) as cloud:
-        answer = ask(HybridClient(device(), cloud_of(cloud, total_s=2)), constrain="action")
-    assert (answer.text, answer.finish_reason) == (BACK, "stop")
-    assert answer.tokens and answer.usage.image_tokens == 0
-    route = route_of(answer)
-    assert (route.source, route.model) == ("local", "fake")
-    assert route.reason.startswith(
-        f"{UNSURE}; the cloud was asked in vain: {cloud.address}: {told}"
-    )
-    assert route.confidence is not None
-
-
-def test_devices_refusal_stands_when_the_cloud_fails(ask: Ask) -> None:
-    with Cloud(refuse(500)) as cloud, pytest.raises(ContextFullError) as caught:
-        ask(HybridClient(device(), cloud_of(cloud)), LONG)
-    assert caught.value.hint.endswith(f"in vain: {cloud.address}: refuses (HTTP 500)")
-    assert isinstance(caught.value.__cause__, CloudError)
-
-
-def test_answer_that_broke_off_after_it_was_shown_is_an_error(ask: Ask) -> None:
-    with Cloud(Play([event("he")], breaks=True)) as cloud, pytest.raises(CloudError, match="broke"):
-        ask(HybridClient(device(), cloud_of(cloud)), LONG)
-
-
-def test_clouds_launch_of_an_app_that_is_not_listed_is_not_taken(ask: Ask) -> None:
-    launch = 'do(action="Launch", app="{}")'
-    with Cloud(say(launch.format("Bank")), say(launch.format("Maps"))) as cloud:
-        model = HybridClient(device(), cloud_of(cloud))
-        first = ask(model, "one", constrain="action", apps=["Maps"])
-        second = ask(model, "two", constrain="action", apps=["Maps"])
-    assert first.text == BACK
-    assert "it launches 'Bank', which is not in the list of apps" in route_of(first).reason
-    assert second.text == launch.format("Maps")
-
-
-def test_invalid_answers_of_both_leave_the_devices(ask: Ask) -> None:
-    with Cloud(say("no")) as cloud:
-        model = HybridClient(device("Sorry."), cloud_of(cloud))
-        with pytest.raises(ActionParseError):
-            model.act("go back", constrain=None)
-
-
-# --- the circuit breaker ---
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def sources(model: HybridClient, ask: Ask, n: int) -> list[str]:
-    return [route_of(ask(model, constrain="action")).source for _ in range(n)]
-
-
-def test_cloud_that_fails_is_left_alone_and_tried_again(ask: Ask) -> None:
-    clock = Clock()
-    with Cloud(*[refuse(500)] * 3, say(HOME)) as cloud:
-        policy = HybridPolicy(n_failures=2, open_s=30, cache_size=0)
-        model = HybridClient(device(), cloud_of(cloud), policy, clock=clock)
-        assert sources(model, ask, 4) == ["local"] * 4
-        assert len(cloud.requests) == 2, "left alone after two"
-        reason = route_of(ask(model, constrain="action")).reason
-        assert reason == "the cloud failed 2 times in a row and is left alone for 30 s more"
-        clock.now += 30
-        assert sources(model, ask, 2) == ["local"] * 2
-        assert len(cloud.requests) == 3, "one try, which failed"
-        clock.now += 30
-        assert sources(model, ask, 2) == ["cloud"] * 2
-
-
-def test_cloud_that_asks_to_be_left_alone_is(ask: Ask) -> None:
-    clock = Clock()
-    with Cloud(refuse(429, Retry_After="60"), say(HOME)) as cloud:
-        model = HybridClient(device(), cloud_of(cloud), clock=clock)
-        assert sources(model, ask, 2) == ["local"] * 2
-        assert len(cloud.requests) == 1
-        clock.now += 60
-        assert sources(model, ask, 1) == ["cloud"]
-
-
-@pytest.mark.parametrize("play", [refuse(400), refuse(422), say("no action")])
-def test_answers_to_bad_requests_do_not_count_as_failures(ask: Ask, play: Play) -> None:
-    with Cloud(*[play] * 3, say(HOME)) as cloud:
-        model = HybridClient(device(), cloud_of(cloud), HybridPolicy(n_failures=1, cache_size=0))
-        assert sources(model, ask, 4) == ["local"] * 3 + ["cloud"]
-
-
-def test_request_that_was_given_up_frees_the_try(ask: Ask) -> None:
-    clock = Clock()
-    with Cloud(refuse(500), Play([event("a")], hangs=True), say("hello")) as cloud:
-        model = HybridClient(
-            device(), cloud_of(cloud), HybridPolicy(n_failures=1, open_s=5), clock=clock
-        )
-        with pytest.raises(ContextFullError):
-            ask(model, LONG)
-        clock.now += 5
-        stream = model.stream(LONG)
-        assert next(stream).text == "a"
-        with pytest.raises(ContextFullError) as caught:
-            ask(model, LONG + "x")
-        assert "not asked: the cloud failed and is being tried by another" in caught.value.hint
-        stream.close()
-        assert ask(model, LONG).text == "hello"
-
-
-# --- the cache ---
-
-
-@pytest.mark.parametrize("prompt", ["go back", LONG])
-def test_same_request_is_sent_once(ask: Ask, prompt: str) -> None:
-    with Cloud(say(HOME)) as cloud:
-        local = device()
-        model = HybridClient(local, cloud_of(cloud))
-        first = ask(model, prompt, constrain="action")
-        second = ask(model, prompt, constrain="action")
-        ask(model, prompt + "!", constrain="action")
-    assert second.text == first.text == HOME
-    assert (second.usage, second.finish_reason) == (first.usage, first.finish_reason)
-    assert not route_of(first).cached and route_of(second).cached
-    assert route_of(second).reason == route_of(first).reason
-    assert len(cloud.requests) == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "size", "n_sent"),
-    [
-        ({"temperature": 0.7}, 64, 2),
-        ({"temperature": 0.7, "seed": 1}, 64, 1),
-        ({}, 0, 2),
-    ],
-)
-def test_only_what_would_come_again_is_kept(
-    ask: Ask, options: dict[str, Any], size: int, n_sent: int
-) -> None:
-    with Cloud(say("hello")) as cloud:
-        model = HybridClient(device(), cloud_of(cloud), HybridPolicy(cache_size=size))
-        for _ in range(2):
-            assert ask(model, LONG, **options).text == "hello"
-    assert len(cloud.requests) == n_sent
-
-
-def test_request_with_another_image_is_another_request(ask: Ask) -> None:
-    with Cloud(say(HOME)) as cloud:
-        model = HybridClient(device(), cloud_of(cloud), PICTURES)
-        for colour in ("red", "blue", "red"):
-            image = Image.new("RGB", (112, 168), colour)
-            ask(model, "see", image=image, constrain="action")
-    assert len(cloud.requests) == 2
-
-
-def test_kept_answer_is_given_while_the_cloud_is_left_alone(ask: Ask) -> None:
-    with Cloud(say("hello"), refuse(500)) as cloud:
-        model = HybridClient(device(), cloud_of(cloud), HybridPolicy(n_failures=1))
-        ask(model, LONG)
-        with pytest.raises(ContextFullError):
-            ask(model, LONG + "!")
-        assert ask(model, LONG).text == "hello"
-
-
-def test_what_failed_is_not_kept(ask: Ask) -> None:
-    with Cloud(say("no action"), say(HOME)) as cloud:
-        model = HybridClient(device(), cloud_of(cloud))
-        assert sources(model, ask, 2) == ["local", "cloud"]
 
 
 # --- as a model ---

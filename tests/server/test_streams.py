@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -18,11 +19,13 @@ from serving import (
     PacedEngine,
     WordyEngine,
     chat,
+    client_of,
     events,
     fake_app,
     listening,
     service_of,
     text_of,
+    until,
     wait_until,
 )
 
@@ -272,3 +275,58 @@ def test_full_queue_answers_429_with_retry_after() -> None:
         for thread in threads:
             thread.join(PATIENCE_S)
         assert httpx2.post(url + CHAT, json=HI).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("users", "n_taken"),
+    [
+        pytest.param("abcdefghij", 5, id="ten clients"),
+        pytest.param("a" * 10, 3, id="one client takes half of the places"),
+    ],
+)
+def test_ten_at_once_are_answered_or_told_to_come_again(users: str, n_taken: int) -> None:
+    engine = PacedEngine(b"ok")
+    engine.gate = threading.Event()
+    app = fake_app(engine, ServerParams(max_queue=4))
+
+    async def run() -> list[httpx2.Response]:
+        async with client_of(app) as client:
+            asked = [
+                asyncio.ensure_future(client.post(CHAT, json={**HI, "user": user}))
+                for user in users
+            ]
+            await until(lambda: sum(one.done() for one in asked) == len(users) - n_taken)
+            assert service_of(app).queue.n_waiting == n_taken - 1
+            assert engine.gate is not None
+            engine.gate.set()
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(run())
+    assert [answer.status_code for answer in answers] == [200] * n_taken + [429] * (10 - n_taken)
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers[n_taken:])
+
+
+def test_client_that_sends_much_does_not_hold_up_another() -> None:
+    engine = PacedEngine(b"ok")
+    engine.gate = threading.Event()
+    app = fake_app(engine)
+    ended: list[str] = []
+
+    async def run() -> None:
+        async with client_of(app) as client:
+
+            async def ask_as(user: str) -> None:
+                assert (await client.post(CHAT, json={**HI, "user": user})).status_code == 200
+                ended.append(user)
+
+            asked = []
+            for n, user in enumerate(("greedy", "greedy", "greedy", "greedy", "other")):
+                asked.append(asyncio.ensure_future(ask_as(user)))
+                await until(lambda n=n: service_of(app).queue.n_waiting == n)
+            await until(lambda: not service_of(app).queue.is_idle)
+            assert engine.gate is not None
+            engine.gate.set()
+            await asyncio.gather(*asked)
+
+    asyncio.run(run())
+    assert ended == ["greedy", "greedy", "other", "greedy", "greedy"]

@@ -34,7 +34,9 @@ from autoglm_gguf.actions import (
     Wait,
     choose_system_prompt,
     parse_action,
+    speaks_actions,
 )
+from autoglm_gguf.messages import Message, Role
 
 PIECES = [
     *"\\\"'()[],= \n\tab好（）“”🙂",
@@ -245,10 +247,34 @@ def test_answer_is_refused_when_it_holds_no_valid_action(text: str, named: str) 
     assert caught.value.hint
 
 
-def test_answer_error_shows_no_more_than_the_beginning() -> None:
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        ('do(action="Tap")', "Tap with arguments [], needs ['element']"),
+        ('do(action="Back", x="1")', "Back with arguments ['x'], needs []"),
+        ('do(action="Launch", app="")', "Launch: argument app is ''"),
+        ('do(action="Tap", element=[1,2], message=[3,4])', "Tap: argument message is (3, 4)"),
+        ('do(action="Type", text=")', "text has no closing quote"),
+    ],
+)
+def test_answer_error_says_which_argument_is_wrong(call: str, why: str) -> None:
     with pytest.raises(ActionParseError) as caught:
-        parse_answer("x" * 100_000)
-    assert len(caught.value.message) < 400
+        parse_answer(call)
+    assert caught.value.message == f"answer: {why} (answer {call!r})"
+
+
+@pytest.mark.parametrize("point", ["-1,5", "5,-0.6", "999.5,5", "5,999.5", "1000,5", "5,1000"])
+def test_answer_error_tells_a_point_outside(point: str) -> None:
+    with pytest.raises(ActionParseError, match=rf"point \[{point}\] outside 0\.\.999"):
+        parse_answer(f'do(action="Tap", element=[{point}])')
+
+
+def test_answer_error_shows_no_more_than_the_beginning() -> None:
+    for n, shown in ((200, "x" * 200), (201, "x" * 200 + "…")):
+        with pytest.raises(ActionParseError) as caught:
+            parse_answer("x" * n)
+        assert caught.value.message.endswith(f"(answer {shown!r})")
+        assert caught.value.text == "x" * n
 
 
 @pytest.mark.parametrize("filler", [" ", "\n", '"', "\\", "do(", "</think>", "[1,"])
@@ -263,6 +289,7 @@ def test_to_pixels_scales_thousandths_to_the_screenshot() -> None:
     action = Swipe(start=(500, 250), end=(999, 0))
     assert action.to_pixels("start", (1080, 2400)) == (540, 600)
     assert action.to_pixels("end", (1080, 2400)) == (1078, 0)
+    assert repr(action.to_pixels("start", (1079, 2401))) == "(539, 600)", "whole pixels"
 
 
 def test_to_pixels_refuses_what_is_no_point() -> None:
@@ -288,6 +315,19 @@ def test_arguments_of_another_kind_are_refused() -> None:
 )
 def test_system_prompt_speaks_the_tasks_language(task: str, prompt: str) -> None:
     assert choose_system_prompt(task) == prompt
+
+
+@pytest.mark.parametrize(
+    ("role", "text", "speaks"),
+    [
+        ("system", SYSTEM_PROMPT_EN, True),
+        ("system", "You are kind.", False),
+        ("user", SYSTEM_PROMPT_EN, False),
+    ],
+)
+def test_speaks_actions_looks_at_system_prompts_alone(role: Role, text: str, speaks: bool) -> None:
+    messages = [Message("user", "hi"), Message(role, text)]
+    assert speaks_actions(messages) is speaks
 
 
 @pytest.mark.parametrize("prompt", [SYSTEM_PROMPT_EN, SYSTEM_PROMPT_ZH])

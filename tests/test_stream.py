@@ -49,6 +49,12 @@ def test_stream_equals_the_whole_text_cut_at_the_first_stop() -> None:
         assert "".join(pieces) == first_stop(text, stop), f"seed {seed}"
 
 
+def test_stream_tells_when_a_stop_string_was_met() -> None:
+    text = TextStream(("b",))
+    assert (text.push(b"a"), text.stopped) == ("a", False)
+    assert (text.push(b"b"), text.stopped) == ("", True)
+
+
 def test_stream_never_shows_half_a_character_or_part_of_the_stop() -> None:
     stop = ("</answer>", "好。好", "ab")
     for seed in range(500):

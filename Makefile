@@ -10,7 +10,6 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 DIST_VENV := .venv-dist
 DIST_TOOLS := build twine check-wheel-contents towncrier
 
-<<<<<<< HEAD
 # Peers to compare with; ours alone, and what is installed: make bench BENCH_EXTRAS=dev
 BENCH_EXTRAS ?= dev,bench
 
@@ -19,10 +18,7 @@ FUZZ_SECONDS ?= 180
 MODULE ?= actions.py
 SOAK_SECONDS ?= 600
 
-.PHONY: help demo test test-gpu check layers style chat docs site bench bench-full bench-set peers results fuzz fuzz-run mutate mutate-run soak clean needs
-=======
-.PHONY: help demo test test-gpu check layers style chat dist try-dist changelog clean needs
->>>>>>> 794368e (release: make dist builds and checks wheel and sdist, make try-dist tries every command of the wheel; version in one place, changelog fragments, workflows)
+.PHONY: help demo test test-gpu check layers style chat docs site bench bench-full bench-set peers results fuzz fuzz-run mutate mutate-run soak dist try-dist changelog clean needs
 
 help:
 	@echo "make demo      convert the embedded checkpoint and see it answer, with a screenshot"
@@ -37,13 +33,10 @@ help:
 	@echo "make soak      a server under mixed traffic for ten minutes (SOAK_SECONDS=3600): memory stays flat"
 	@echo "make style     format, and fix what ruff can fix"
 	@echo "make chat      talk with the embedded model"
-<<<<<<< HEAD
 	@echo "make docs      build the documentation's site into build/site; no network is needed to read it"
-=======
 	@echo "make dist      build the wheel and the sdist, and check them"
 	@echo "make try-dist  install the wheel into an empty environment and try every command"
 	@echo "make changelog show what the next release's changelog will say"
->>>>>>> 794368e (release: make dist builds and checks wheel and sdist, make try-dist tries every command of the wheel; version in one place, changelog fragments, workflows)
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
@@ -106,7 +99,6 @@ style: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-<<<<<<< HEAD
 docs:
 	@$(MAKE) --no-print-directory site EXTRAS=$(EXTRAS)$(if $(findstring docs,$(EXTRAS)),,$(comma)docs)
 
@@ -114,7 +106,7 @@ site: $(STAMP)
 	$(BIN)/python scripts/cli_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "build/site/index.html; with search: python3 -m http.server --directory build/site"
-=======
+
 # The wheel is built from the sdist, so that what the sdist lacks is missed here.
 dist: $(DIST_VENV)/.installed changelog
 	rm -rf dist
@@ -131,7 +123,6 @@ try-dist:
 changelog: $(DIST_VENV)/.installed
 	$(DIST_VENV)/bin/towncrier build --draft --version next
 	$(if $(SINCE),$(DIST_VENV)/bin/towncrier check --compare-with $(SINCE))
->>>>>>> 794368e (release: make dist builds and checks wheel and sdist, make try-dist tries every command of the wheel; version in one place, changelog fragments, workflows)
 
 clean:
 	rm -rf $(VENV) $(DIST_VENV) .venv-gpu out dist build

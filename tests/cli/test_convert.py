@@ -125,7 +125,7 @@ def test_inspect_prints_the_recipe_of_a_fit(run: Run, checkpoint: Path, tmp_path
         (["--fit-weights", "3GB", "--n-ctx", "4096"], "--n-ctx: belongs to a run"),
         (["--fit-weights", "3GB", "--image-tokens", "64"], "--image-tokens: belongs to a run"),
         (["--fit", "0"], "more than zero bytes"),
-        (["--fit", "-1"], "expected one argument"),
+        (["--fit", "-1"], "'-1': not a size"),
         (["--fit", "1e9"], "'1e9': not a size"),
         (["--fit", "none"], "no size"),
         (["--fit", "9" * 5000], "not a size"),

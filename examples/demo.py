@@ -22,7 +22,7 @@ def main() -> None:
     for outtype in ("q8_0", "q4_0"):
         print(f"\n$ autoglm-gguf convert {checkpoint.name} --outtype {outtype} --outdir {OUT}")
         pair = convert(checkpoint, OUT, outtype, on_progress=ProgressLine())
-        for path in (pair.text, pair.mmproj):
+        for path in filter(None, (pair.text, pair.mmproj)):
             print(f"{format_bytes(path.stat().st_size):>10}  {path}")
 
     pair = convert(checkpoint, OUT, "q8_0")

@@ -132,7 +132,7 @@ def main() -> None:
         hub.add("tiny/tiny", TINY)
         place = Place(Path(folder))
         place.install(str(wheel))
-        known = set(re.findall(r"^    (\w+) ", place.run("--help"), re.M))
+        known = set(re.findall(r"^    (\w+)\b", place.run("--help"), re.M))
         tried = {line.split()[0] for line in LINES} | {"serve"}
         if known != tried:
             raise SystemExit(

@@ -442,7 +442,7 @@ def _ratio(record: Record, row: Row, measure: Measure) -> str:
     if row.name == OURS or not found:
         return ""
     shown = f"{statistics.median(found):.2f}"
-    return f"**{shown}**" if statistics.median(found) < 1 else shown
+    return f"**{shown}**" if float(shown) < 1 else shown
 
 
 def notes(record: Record) -> list[str]:

@@ -61,6 +61,9 @@ def run_console(block: Block, stage: Stage) -> None:
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_run(page: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stage.folder)
+    monkeypatch.setenv("AUTOGLM_GGUF_CACHE", str(stage.folder / "cache"))
+    monkeypatch.setenv("CLOUD_KEY", "secret")
+    monkeypatch.delenv("AUTOGLM_GGUF_API_KEY", raising=False)
     blocks = [block for block in read_blocks(page) if block.is_run]
     names = {name: getattr(autoglm_gguf, name) for name in autoglm_gguf.__all__}
     names |= {"__name__": "page", "path": MODEL, "messages": [{"role": "user", "content": "hi"}]}

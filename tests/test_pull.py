@@ -18,7 +18,7 @@ from hub_server import COMMIT, Hub, git_blob_id, sha256
 
 from autoglm_gguf import CheckpointError, GGUFError, HubError, Progress, convert, hub_client, pull
 from autoglm_gguf.cli.main import main
-from autoglm_gguf.hub import resolve_checkpoint, resolve_pair
+from autoglm_gguf.hub import embedded_checkpoint, resolve_checkpoint, resolve_pair
 from autoglm_gguf.hub_cache import is_repo_id
 
 REPO = "zai-org/checkpoint"
@@ -619,6 +619,15 @@ def test_resolve_checkpoint_prefers_the_directory_here(
     monkeypatch.chdir(tmp_path)
     assert resolve_checkpoint(REPO) == Path(REPO)
     assert hub.requests == []
+
+
+def test_resolve_checkpoint_knows_the_embedded_one_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_checkpoint("autoglm-tiny") == embedded_checkpoint()
+    (tmp_path / "autoglm-tiny").mkdir()
+    assert resolve_checkpoint("autoglm-tiny") == Path("autoglm-tiny"), "a directory here goes first"
 
 
 def test_resolve_checkpoint_names_both_ways_when_it_is_neither(hub: Hub, tmp_path: Path) -> None:

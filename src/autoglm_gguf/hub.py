@@ -110,16 +110,19 @@ def resolve_checkpoint(
     """Find a checkpoint's directory; a repo id that is no path here is pulled first.
 
     Args:
-        checkpoint: A directory, or ``owner/name`` on the hub.
+        checkpoint: A directory, ``owner/name`` on the hub, or ``autoglm-tiny``, the embedded one.
         revision: Of the repo, see `pull`; a directory has none.
         on_progress: See `pull`.
 
     Raises:
         ValueError: A revision of a directory, or not a revision's name.
         CheckpointError: No such directory, and no repo id either.
+        GGUFError: The installation lacks the embedded checkpoint.
         HubError: See `pull`.
     """
     path = Path(checkpoint)
+    if str(checkpoint) == EMBEDDED and not path.exists():
+        path = embedded_checkpoint()
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r}: {path} is a directory here, not a repo")
@@ -131,7 +134,8 @@ def resolve_checkpoint(
     if not is_repo_id(str(checkpoint)):
         raise CheckpointError(
             f"{path}: no such directory",
-            hint="give a directory with config.json, or a repo such as zai-org/AutoGLM-Phone-9B",
+            hint="give a directory with config.json, a repo such as zai-org/AutoGLM-Phone-9B, "
+            f"or {EMBEDDED}, which comes with the package",
         )
     return pull(str(checkpoint), revision=revision, on_progress=on_progress)
 

@@ -25,6 +25,7 @@ from autoglm_gguf.conversion.writer import open_temporary
 from autoglm_gguf.errors import EvaluationError, GGUFError
 from autoglm_gguf.evaluate.measuring import (
     Clock,
+    Measured,
     OnLoad,
     OnPassage,
     evaluate_whole,
@@ -100,11 +101,12 @@ def calibrate(
     corpus = (corpus if isinstance(corpus, Corpus) else Corpus(corpus)).resolved
     assert corpus.n_ctx is not None
     content = read_corpus(corpus)
-    header = read_header(resolve_pair(model, None)[0])
+    text, tower = resolve_pair(model, mmproj)
+    header = read_header(text)
     matrices = _matrices(header, process_output=process_output)
     target = Path(outfile)
     n_bytes = sum(_FLOAT_BYTES * header.tensors[name].shape[0] for name in matrices)
-    check_outfile(target, header.path, mmproj, corpus.path, n_bytes=n_bytes + _HEADER_ROOM_BYTES)
+    check_outfile(target, text, tower, corpus.path, n_bytes=n_bytes + _HEADER_ROOM_BYTES)
     # The graph ends after the last matrix: the output's logits are not asked for. Where layers are
     # streamed it goes on, since the last one must be let go.
     watch = InputWatch(matrices, last=None if process_output else matrices[-1])
@@ -122,19 +124,14 @@ def calibrate(
         if plan is not None and plan.places.streamed:
             watch.go_to_the_end()
         passages = cut_corpus(engine, corpus, content)
-        facts = [identify_file(header), _identify(passages), sorted(matrices)]
+        files = [header]
+        if tower is not None and passages.kind == "transcripts":
+            files.append(read_header(tower))
+        facts = [*map(identify_file, files), _identify(passages), sorted(matrices)]
         store = _Store(target, corpus, json.dumps(facts))
         watch.begin(*store.resume(len(passages)))
         clock = Clock(len(passages), on_passage, resumed=store.n_done)
-        try:
-            for index in range(store.n_done, len(passages)):
-                evaluate_whole(engine, passages.passage(index))
-                watch.check()
-                store.keep(watch)
-                clock.tick()
-        except BaseException:
-            store.save_partial()
-            raise
+        _collect(engine, passages, watch, store, clock)
         store.finish(matrices)
         return Calibration(
             target,
@@ -226,6 +223,21 @@ class _Store:
                 facts=facts,
             )
             draft.replace(path)
+
+
+def _collect(
+    engine: Measured, passages: Passages, watch: InputWatch, store: _Store, clock: Clock
+) -> None:
+    """Evaluate what is not done yet; an interruption leaves the sums of whole passages."""
+    try:
+        for index in range(store.n_done, len(passages)):
+            evaluate_whole(engine, passages.passage(index))
+            watch.check()
+            store.keep(watch)
+            clock.tick()
+    except BaseException:
+        store.save_partial()
+        raise
 
 
 def _matrices(header: Header, *, process_output: bool) -> list[str]:

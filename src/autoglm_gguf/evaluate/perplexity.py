@@ -128,7 +128,7 @@ def evaluate_perplexity(
     content = read_corpus(corpus)
     path = None if save_base is None else Path(save_base)
     if path is not None:
-        check_outfile(path, resolve_pair(model, None)[0], mmproj, corpus.path)
+        check_outfile(path, *resolve_pair(model, mmproj), corpus.path)
     with open_measured(
         model,
         corpus,

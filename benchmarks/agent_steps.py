@@ -226,6 +226,7 @@ class Replay:
         self._made[name].add(int(answer["predicted_n"]))
         turn: dict[str, float] = {"repeat": repeat + 1, "step": number + 1}
         if number == 0 and len(self.sent) > 1:
+            turn["first_ttft_s"] = frame.rounded(answer["ttft_s"])
             turn["first_total_s"] = frame.rounded(answer["total_s"])
         else:
             for key, value in (("ttft_s", answer["ttft_s"]), ("total_s", answer["total_s"])):
@@ -302,15 +303,18 @@ def counts(replay: Replay) -> str:
     return f"{title}\n\n{frame.table(head, lines)}"
 
 
+def at(row: Row, number: int) -> list[dict[str, float]]:
+    """A row's turns at a step."""
+    return [turn for turn in row.turns if turn["step"] == number]
+
+
 def steps(record: Record) -> str:
     """The first token's seconds, by step."""
     rows = [row for row in record.rows if row.turns]
     lines = []
     for number in sorted({int(turn["step"]) for row in rows for turn in row.turns}):
-        found = (
-            [turn["ttft_s"] for turn in row.turns if turn["step"] == number and "ttft_s" in turn]
-            for row in rows
-        )
+        key = "ttft_s" if any("ttft_s" in t for t in at(rows[0], number)) else "first_ttft_s"
+        found = ([turn[key] for turn in at(row, number) if key in turn] for row in rows)
         cells = [f"{statistics.median(seconds):.2f}" if seconds else "-" for seconds in found]
         lines.append([str(number), *cells])
     title = "Seconds to the first token, medians of the repeats:"
@@ -377,9 +381,8 @@ def open_record(arguments: argparse.Namespace, settings: Settings) -> Record:
     record = frame.begin(name, f"Steps of a phone agent, {arguments.size}", measures, labels, shown)
     with contextlib.suppress(PeerError):
         if "server" in arguments.only:
-            record.versions["llama-server"] = read_version(
-                find_program("llama-server", arguments.server)
-            )
+            told = read_version(find_program("llama-server", arguments.server))
+            record.versions["llama-server"] = told.removeprefix("version: ")
     return record
 
 

@@ -26,6 +26,9 @@ READMES = {ROOT / "README.md": 0, ROOT / "README.zh.md": 1}
 """Pages that carry the claims, and in which language."""
 TEMPLATE = ROOT / "benchmarks" / "page.md"
 GENERATED = "<!-- made by benchmarks/results.py of benchmarks/page.md and results/; do not edit -->"
+UNPUBLISHED = (
+    "*No figures are published yet:* `make bench BENCH=--publish` *measures and adds them.*"
+)
 _PLACE = re.compile(r"^<!-- ([\w.-]+) -->$", re.M)
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -133,8 +136,14 @@ def page(records: Mapping[str, Record], pictures: Iterable[str]) -> str:
         return text
 
     title, _, rest = TEMPLATE.read_text("utf-8").partition("\n")
-    text = _PLACE.sub(fill, f"{title}\n\n{GENERATED}\n{rest}")
-    return re.sub(r"\n{3,}", "\n\n", text)
+    parts = []
+    for part in re.split(r"^(?=## )", f"{title}\n\n{GENERATED}\n{rest}", flags=re.M):
+        text = _PLACE.sub(fill, part)
+        wanted = set(_PLACE.findall(part)) - {"claims"}
+        if wanted and not wanted & set(records):
+            text = f"{text.rstrip()}\n\n{UNPUBLISHED}\n\n"
+        parts.append(text)
+    return re.sub(r"\n{3,}", "\n\n", "".join(parts))
 
 
 def claims(records: Mapping[str, Record], language: int = 0, page_link: str = "") -> str:

@@ -60,6 +60,16 @@ def test_claim_is_the_median_of_the_turns_ratios() -> None:
     assert claim.ratio({}) == []
 
 
+def test_section_without_any_figures_says_so() -> None:
+    record = make_record()
+    page = results.page({record.name: record}, [])
+    sections = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
+    assert results.UNPUBLISHED in sections["Import time"]
+    assert results.UNPUBLISHED not in sections["Conversion"]
+    assert "### Conversion, 1.7b" in sections["Conversion"]
+    assert "<!-- imports -->" not in page
+
+
 def test_claims_link_to_a_heading_of_the_page() -> None:
     page = results.PAGE.read_text("utf-8")
     anchors = {results.anchor(line.lstrip("# ")) for line in page.splitlines() if line[:1] == "#"}

@@ -58,58 +58,59 @@ class Claim:
 
 CLAIMS = (
     Claim(
-        ("conversion to q4_0, time, against upstream's steps", "转换为 q4_0 的用时,对比上游的步骤"),
+        ("conversion to q4_0, time, against upstream's steps",
+         "转换为 q4_0 的用时，对比上游的步骤"),
         "convert-1.7b", "upstream", "seconds",
     ),
     Claim(
-        ("conversion, memory, against upstream's steps", "转换的内存,对比上游的步骤"),
+        ("conversion, memory, against upstream's steps", "转换的内存，对比上游的步骤"),
         "convert-1.7b", "upstream", "anonymous_bytes",
     ),
     Claim(
         ("conversion of the 9B's shapes, time, against the disk alone",
-         "9B 形状的转换用时,对比仅读写磁盘"),
+         "9B 形状的转换用时，对比仅读写磁盘"),
         "convert-9b", "disk", "seconds",
     ),
-    Claim(("decode, against llama-bench", "解码速度,对比 llama-bench"),
+    Claim(("decode, against llama-bench", "解码速度，对比 llama-bench"),
           "speed-1.7b", "llama-bench", "decode"),
-    Claim(("prefill, against llama-bench", "预填充速度,对比 llama-bench"),
+    Claim(("prefill, against llama-bench", "预填充速度，对比 llama-bench"),
           "speed-1.7b", "llama-bench", "prefill"),
-    Claim(("decode, against llama-cpp-python", "解码速度,对比 llama-cpp-python"),
+    Claim(("decode, against llama-cpp-python", "解码速度，对比 llama-cpp-python"),
           "speed-1.7b", "handler", "decode"),
-    Claim(("decode, against ONNX Runtime", "解码速度,对比 ONNX Runtime"),
+    Claim(("decode, against ONNX Runtime", "解码速度，对比 ONNX Runtime"),
           "speed-1.7b", "onnx", "decode"),
-    Claim(("decode, against transformers in bf16", "解码速度,对比 transformers bf16"),
+    Claim(("decode, against transformers in bf16", "解码速度，对比 transformers bf16"),
           "speed-1.7b", "bf16", "decode"),
     Claim(
         ("answers held to actions, decode, against free ones",
-         "约束为动作的回答,解码速度,对比不约束"),
+         "约束为操作的回答，解码速度，对比不约束"),
         "speed-1.7b", "ours", "decode", "held",
     ),
     Claim(
         ("a phone agent's step, first token, against llama-server",
-         "手机智能体一步的首个 token,对比 llama-server"),
+         "手机智能体一步的首个 token，对比 llama-server"),
         "agent-steps-1.7b", "server", "ttft_s",
     ),
     Claim(
         ("a phone agent's step, first token, against llama-cpp-python",
-         "手机智能体一步的首个 token,对比 llama-cpp-python"),
+         "手机智能体一步的首个 token，对比 llama-cpp-python"),
         "agent-steps-1.7b", "handler", "ttft_s",
     ),
     Claim(
         ("a phone agent's step, peak memory, against llama-server",
-         "手机智能体一步的内存峰值,对比 llama-server"),
+         "手机智能体一步的内存峰值，对比 llama-server"),
         "agent-steps-1.7b", "server", "peak_bytes",
     ),
     Claim(("from nothing to the first token, against llama-cpp-python",
-           "从启动到首个 token,对比 llama-cpp-python"),
+           "从启动到首个 token，对比 llama-cpp-python"),
           "load-1.7b", "handler", "first_s"),
-    Claim(("`import`, against `import llama_cpp`", "`import` 用时,对比 `import llama_cpp`"),
+    Claim(("`import`, against `import llama_cpp`", "`import` 用时，对比 `import llama_cpp`"),
           "imports", "llama_cpp", "import_ms"),
-    Claim(("first text over HTTP, against the library", "经 HTTP 的首个文本,对比直接调用库"),
+    Claim(("first text over HTTP, against the library", "经 HTTP 的首个文本，对比直接调用库"),
           "server-1.7b", "library", "text_first_ms"),
     Claim(
         ("a model larger than the 4 GB budget, cold, decode, against plain mmap",
-         "超出 4 GB 预算的模型,冷缓存解码速度,对比普通 mmap"),
+         "超出 4 GB 预算的模型，冷缓存解码速度，对比普通 mmap"),
         "memory-streaming", "plain", "cold",
     ),
 )  # fmt: skip
@@ -148,7 +149,7 @@ def page(records: Mapping[str, Record], pictures: Iterable[str]) -> str:
 
 def claims(records: Mapping[str, Record], language: int = 0, page_link: str = "") -> str:
     """Each claim's ratio, and where it comes from."""
-    heads = (("", "ours is ×", "its table"), ("", "本项目是其 ×", "表格"))
+    heads = (("", "ours is ×", "its table"), ("", "本项目是对方的 × 倍", "表格"))
     rows = []
     for claim in CLAIMS:
         found = claim.ratio(records)

@@ -21,6 +21,11 @@ PAGES = [
     *(README, CHINESE, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"),
     *sorted(DOCS.glob("*/*.md")),
 ]
+BESIDE = [  # pages that lie beside what they are about; their blocks are not run by tests/docs
+    ROOT / "changelog.d" / "README.md",
+    ROOT / "models" / "autoglm-tiny" / "README.md",
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
 _BLOCK = re.compile(
     r"(?:^<!--(?P<comment>(?:(?!-->).)*)-->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.DOTALL | re.MULTILINE,

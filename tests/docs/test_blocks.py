@@ -96,6 +96,8 @@ def test_page_has_only_blocks_of_known_languages(page: Path) -> None:
     known = {"", "console", "python", "json", "kotlin", "xml"}
     for block in read_blocks(page):
         assert block.language in known, block
+        if block.language == "python":
+            compile(block.text, str(block), "exec")  # also where it is not run
         assert block.language != "console" or any(True for _ in block.commands), f"{block}: no $"
         if "not run" in block.comment:
             is_told = not block.is_run or block.skipped

@@ -31,7 +31,9 @@ def device(answer: str = BACK, probability: float = 0.4, **options: Any) -> Auto
 
 
 def cloud_of(cloud: Cloud, **options: Any) -> CloudModel:
-    return CloudModel(cloud.base_url, "big", **options)
+    """With more patience than the default: a busy machine is no cloud that is down."""
+    patient = {"connect_s": 60.0, "first_byte_s": 60.0}
+    return CloudModel(cloud.base_url, "big", **{**patient, **options})
 
 
 Ask = Callable[..., Completion]

@@ -1,6 +1,6 @@
 """Mutation testing of one module with mutmut: which small faults its tests would not see.
 
-    python scripts/mutate.py MODULE [--tests PATH …] [--most N] [--jobs N]
+    python scripts/mutate.py MODULE [--tests PATH …] [--markers WORDS] [--most N] [--jobs N]
 
 MODULE is a file under src/autoglm_gguf, such as ``memory/estimate.py``. Its tests are those that
 mirror it. The sources are copied to OUT/MODULE and mutated there; with ``--most``, that many
@@ -31,6 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("module", help="under src/autoglm_gguf, such as memory/estimate.py")
     parser.add_argument("--tests", nargs="*", default=[], help="beside those that mirror it")
+    parser.add_argument("--markers", default="not slow", help="of tests; default: %(default)s")
     parser.add_argument("--most", type=int, help="mutants to run; all by default")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "mutate")
@@ -43,7 +44,7 @@ def main() -> int:
     if not tests:
         parser.error(f"{mirror}: no such tests; name some with --tests")
     began = time.monotonic()
-    folder = prepare(options.out / module.with_suffix(""), module, tests)
+    folder = prepare(options.out / module.with_suffix(""), module, tests, options.markers)
     names = mutants_of(folder, module, options.jobs)
     chosen = names if options.most is None else evenly(names, options.most)
     print(f"{module}: {len(chosen)} of {len(names)} mutants", file=sys.stderr, flush=True)
@@ -62,7 +63,7 @@ def main() -> int:
     return 0
 
 
-def prepare(folder: Path, module: Path, tests: list[str]) -> Path:
+def prepare(folder: Path, module: Path, tests: list[str], markers: str) -> Path:
     """A fresh copy of what is needed, with mutmut's settings."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -84,7 +85,7 @@ def prepare(folder: Path, module: Path, tests: list[str]) -> Path:
         "only_mutate": [str(PACKAGE / module)],
         "pytest_add_cli_args_test_selection": tests,
         # The order is fixed: a mutant is run with the tests that were seen to reach it.
-        "pytest_add_cli_args": ["-p", "no:randomly", "-p", "no:cacheprovider", "-m", "not slow"],
+        "pytest_add_cli_args": ["-p", "no:randomly", "-p", "no:cacheprovider", "-m", markers],
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in words.items()]
     (folder / "pyproject.toml").write_text(

@@ -125,6 +125,17 @@ def test_layer_of_reads_the_name(name: str, layer: int | None) -> None:
     assert estimate.layer_of(name) == layer
 
 
+def test_layers_lie_together_when_no_other_tensor_is_between() -> None:
+    header = describe_sizes(layer_bytes=(10_000, 10_000)).text
+    assert estimate.layers_lie_together(header)
+    first = header.tensors["blk.0.ffn_up.weight"]
+    for n_between, together in ((4096, True), (2 * 4096 + 1, False)):
+        offset = first.offset + first.n_bytes + n_between
+        far = replace(first, name="blk.0.ffn_down.weight", offset=offset)
+        apart = replace(header, tensors=header.tensors | {far.name: far})
+        assert estimate.layers_lie_together(apart) is together, n_between
+
+
 # --- the KV cache ---
 
 
@@ -154,6 +165,49 @@ def test_kv_cache_adds_two_types() -> None:
 )
 def test_cache_type_fits_whole_heads_only(head_dim: int, kind: CacheType, fits: bool) -> None:
     assert estimate.cache_type_fits(replace(PUBLISHED, head_dim=head_dim), kind) is fits
+
+
+# --- graphs ---
+
+
+@pytest.mark.parametrize(
+    ("n_batch", "n_outputs", "mib"), [(512, 512, 312), (512, 1, 117), (256, 1, 55), (128, 1, 27)]
+)
+def test_graph_of_the_published_shape(n_batch: int, n_outputs: int, mib: int) -> None:
+    """As llama.cpp reserved it for the published model with 4096 cells."""
+    params = ContextParams(n_ctx=4096, n_batch=n_batch)
+    found = estimate.graph_bytes(PUBLISHED, params, n_outputs=n_outputs)
+    assert found == pytest.approx(mib * MIB, rel=0.1)
+
+
+def test_graph_on_a_device_lacks_the_rows_that_lie_on_the_cpu() -> None:
+    params = ContextParams(n_ctx=4096, n_gpu_layers=41)
+    row, whole = 512 * 4 * 4096, estimate.graph_bytes(PUBLISHED, params)
+    found = estimate.device_graph_bytes
+    assert found(PUBLISHED, params) == whole - 2 * row
+    away = replace(params, offload_kqv=False)
+    assert found(PUBLISHED, away) == estimate.graph_bytes(PUBLISHED, away)
+    small = replace(params, type_k="q8_0", type_v="q8_0")
+    assert found(PUBLISHED, small) == estimate.graph_bytes(PUBLISHED, small) - row
+    short = replace(params, n_ctx=256)
+    assert found(PUBLISHED, short) == estimate.graph_bytes(PUBLISHED, short) - row, "256 cells"
+    many = found(PUBLISHED, params, n_outputs=512)
+    assert many == estimate.graph_bytes(PUBLISHED, params, n_outputs=512) - 2 * row
+
+
+def test_graph_on_a_device_with_the_output_alone_holds_the_logits() -> None:
+    params = ContextParams(n_ctx=4096, n_gpu_layers=1)
+    assert estimate.device_graph_bytes(PUBLISHED, params) == 4 * (151_552 + 4096)
+    assert estimate.device_graph_bytes(PUBLISHED, params, n_outputs=8) == 32 * (151_552 + 4096)
+
+
+def test_inputs_are_embeddings_the_mask_and_indices() -> None:
+    embeddings, indices = 2 * 4096 * 4, 32
+    params = ContextParams(n_ctx=4000)  # 4096 cells
+    mask = 4096 * 2
+    assert estimate.input_bytes(PUBLISHED, params) == 512 * (embeddings + indices + mask)
+    slow = ContextParams(n_ctx=256, flash_attn=False)
+    assert estimate.input_bytes(PUBLISHED, slow) == 256 * (embeddings + indices + 256 * 4)
 
 
 # --- what llama.cpp itself says ---
@@ -278,3 +332,10 @@ def test_work_space_holds_a_batch_of_the_widest_activations() -> None:
 def test_logits_are_one_row_of_f32() -> None:
     assert estimate.output_bytes(PUBLISHED) == 151_552 * 4
     assert estimate.output_bytes(PUBLISHED, 16) == 16 * 151_552 * 4
+
+
+def test_vocabulary_of_the_published_model_takes_what_was_measured() -> None:
+    """151,552 tokens at 130 bytes and 318,088 merges at 110; while it loads, 115 bytes each."""
+    assert estimate.vocabulary_bytes(PUBLISHED) == 54_691_440
+    assert estimate.loading_bytes(PUBLISHED) == 54_008_600
+    assert estimate.sampling_bytes(PUBLISHED) == 30_310_400

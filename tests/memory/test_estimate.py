@@ -53,6 +53,7 @@ def test_text_shape_adds_the_tensors_up() -> None:
     assert (shape.token_embd_bytes, shape.output_bytes, shape.other_bytes) == (4, 5, 0)
     assert shape.weights_bytes == described.text.weights_bytes == 69
     assert (shape.n_layers, shape.n_heads, shape.n_heads_kv, shape.head_dim) == (3, 8, 2, 64)
+    assert (shape.n_embd, shape.n_ff) == (512, 1536)
     assert (shape.n_vocab, shape.n_merges) == (1000, 0)
 
 
@@ -64,6 +65,14 @@ def test_text_shape_counts_what_belongs_to_no_layer() -> None:
     shape = estimate.text_shape(replace(header, tensors=header.tensors | odd))
     assert shape.layer_bytes == (10, 20)
     assert shape.other_bytes == 7 + 9  # a layer beyond the last is no layer
+    assert shape.norm_bytes == 7
+
+
+def test_text_shape_adds_up_a_layers_tensors() -> None:
+    header = describe_sizes(layer_bytes=(10, 20)).text
+    down = replace(header.tensors["blk.1.ffn_up.weight"], name="blk.1.ffn_down.weight")
+    shape = estimate.text_shape(replace(header, tensors=header.tensors | {down.name: down}))
+    assert shape.layer_bytes == (10, 20 + 20)
 
 
 def test_text_shape_takes_the_heads_from_what_is_there() -> None:
@@ -88,8 +97,9 @@ def test_text_shape_takes_the_heads_from_what_is_there() -> None:
 def test_text_shape_refuses_a_size_that_is_missing_or_absurd(key: str, value: Any) -> None:
     header = describe_sizes().text
     broken = replace(header, metadata=header.metadata | {f"glm4.{key}": value})
-    with pytest.raises(GGUFError, match=rf"sized\.gguf: no usable glm4\.{key}"):
+    with pytest.raises(GGUFError, match=rf"sized\.gguf: no usable glm4\.{key}") as told:
         estimate.text_shape(broken)
+    assert told.value.hint
 
 
 def test_text_shape_refuses_more_layers_than_tensors() -> None:
@@ -104,7 +114,9 @@ def test_tower_shape_reads_the_mmproj() -> None:
     assert header is not None
     shape = estimate.tower_shape(header)
     assert (shape.weights_bytes, shape.hidden, shape.n_ff, shape.n_embd) == (123, 256, 512, 512)
-    assert (shape.patch_size, shape.merge_size) == (14, 2)
+    assert (shape.patch_size, shape.merge_size, shape.merger_width) == (14, 2, 1024)
+    lacking = replace(header, tensors={})
+    assert estimate.tower_shape(lacking).merger_width == 0
 
 
 def test_layer_span_is_where_its_tensors_lie() -> None:
@@ -178,6 +190,34 @@ def test_graph_of_the_published_shape(n_batch: int, n_outputs: int, mib: int) ->
     params = ContextParams(n_ctx=4096, n_batch=n_batch)
     found = estimate.graph_bytes(PUBLISHED, params, n_outputs=n_outputs)
     assert found == pytest.approx(mib * MIB, rel=0.1)
+
+
+def test_graph_is_its_largest_moment_and_the_mask() -> None:
+    """The sums in `graph_bytes`' words; that llama.cpp reserves them is tested below."""
+    base = ContextParams(n_ctx=4096)
+    row, mask = 512 * 4 * 4096, 512 * 4096 * 2
+    feed_forward = 512 * 4 * (3 * 13696 + 8)
+
+    def graph(n_outputs: int = 1, **changed: Any) -> int:
+        params = replace(base, **changed)
+        return estimate.graph_bytes(PUBLISHED, params, n_outputs=n_outputs)
+
+    assert graph() == feed_forward + 4 * row + mask
+    assert graph(type_k="q8_0") == graph()
+    assert graph(type_k="q8_0", type_v="q8_0") == feed_forward + 3 * row + mask
+    copied = 4096 * 2 * 128 * 2  # a cache's values in f16
+    assert graph(type_k="f32") == graph() + copied
+    assert graph(type_k="f32", type_v="f32") == graph() + 2 * copied
+    assert graph(512) == 512 * 4 * (151_552 + 2 * 4096) + mask
+    scores = 512 * 4 * (32 * 4096 + 2 * 2 * 128)
+    assert graph(flash_attn=False) == scores + 5 * row + 2 * mask
+    small = replace(PUBLISHED, n_ff=64)
+    long = replace(base, n_ctx=2**17, type_k="f32", type_v="f32")
+    attention = 2 * 2**17 * 2 * 128 * 2 + 5 * row
+    assert estimate.graph_bytes(small, long) == attention + 512 * 2**17 * 2
+    assert estimate.graph_bytes(PUBLISHED, replace(base, n_ctx=256)) == graph(
+        n_ctx=256, n_batch=256
+    )
 
 
 def test_graph_on_a_device_lacks_the_rows_that_lie_on_the_cpu() -> None:
@@ -316,6 +356,19 @@ def test_encode_scratch_is_near_what_was_measured(n_image_tokens: int, measured:
     assert 0.97 * measured <= estimated <= 1.05 * measured
 
 
+def test_encode_scratch_is_blocks_or_merger_and_what_lies_beside() -> None:
+    patches, libmtmd = 4 * 3108, 4_400_000
+    beside = patches * 4096 * 292 // 256 + 3 * patches * 14 * 14 * 3 + libmtmd
+    found = estimate.encode_bytes
+    assert found(PUBLISHED_TOWER, 3108) == patches * 4 * 3 * (4096 + 1536) + beside
+    thin = replace(PUBLISHED_TOWER, hidden=28, n_ff=28)
+    for merge, patches in ((2, 400), (4, 1600)):
+        kernel = 28 * merge * merge * 4096 * 2
+        beside = kernel + 3 * patches * 14 * 14 * 3 + libmtmd
+        merger = 100 * 4 * (3 * 13696 + 2 * 4096)
+        assert found(replace(thin, merge_size=merge), 100) == merger + beside
+
+
 def test_embeddings_of_a_screenshot() -> None:
     assert estimate.embedding_bytes(PUBLISHED_TOWER, 3108) == 3108 * 4096 * 4
 
@@ -327,6 +380,7 @@ def test_work_space_holds_a_batch_of_the_widest_activations() -> None:
     # 292 bytes for 256 values
     assert estimate.work_bytes(PUBLISHED, ContextParams(n_ctx=4096)) == 512 * 13696 * 292 // 256
     assert estimate.work_bytes(PUBLISHED, ContextParams(n_ctx=256)) == 256 * 13696 * 292 // 256
+    assert isinstance(estimate.work_bytes(PUBLISHED, ContextParams()), int)
 
 
 def test_logits_are_one_row_of_f32() -> None:

@@ -106,6 +106,16 @@ def test_rows_that_fill_no_large_block_get_a_type_of_small_ones(outtype: str, ki
     assert recipe.choose("blk.0.ffn_down.weight", (4096, 100)).name == "F16"
 
 
+@pytest.mark.parametrize(
+    ("outtype", "shape", "kind"),
+    [("q8_0", (64, 3, 64), "Q8_0"), ("q4_K", (64, 256, 96), "Q5_0"), ("q8_0", (64, 64, 3), "F16")],
+)
+def test_rows_are_the_last_of_several_dimensions(
+    outtype: str, shape: tuple[int, ...], kind: str
+) -> None:
+    assert Recipe(parse_outtype(outtype)).choose("blk.0.x.weight", shape).name == kind
+
+
 def test_norm_stays_f32_whatever_its_shape() -> None:
     assert Recipe(parse_outtype("q8_0")).choose("blk.0.attn_norm.weight", (2, 64)).name == "F32"
 

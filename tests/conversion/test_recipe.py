@@ -108,7 +108,11 @@ def test_rows_that_fill_no_large_block_get_a_type_of_small_ones(outtype: str, ki
 
 @pytest.mark.parametrize(
     ("outtype", "shape", "kind"),
-    [("q8_0", (64, 3, 64), "Q8_0"), ("q4_K", (64, 256, 96), "Q5_0"), ("q8_0", (64, 64, 3), "F16")],
+    [
+        ("q8_0", (64, 3, 64), "Q8_0"),
+        ("q4_K", (64, 256, 96), "Q5_0"),
+        ("q4_K", (64, 64, 100), "F16"),
+    ],
 )
 def test_rows_are_the_last_of_several_dimensions(
     outtype: str, shape: tuple[int, ...], kind: str

@@ -19,9 +19,9 @@ from autoglm_gguf import (
     ModelPair,
     Progress,
     convert,
-    plan_memory,
     read_header,
 )
+from autoglm_gguf.config import ContextParams
 from autoglm_gguf.conversion import pipeline
 from autoglm_gguf.conversion.limits import HELD_BYTES
 from autoglm_gguf.gguf.describe import describe_pair, find_mmproj
@@ -229,8 +229,13 @@ def test_searched_scales_leave_size_and_types_as_they_are(source: Path, tmp_path
 
 def test_plan_of_a_fitted_pair_streams_nothing(source: Path, tmp_path: Path) -> None:
     pair = fitted(source, tmp_path, Fit(budget="400MB", n_ctx=512, image_tokens=64))
-    plan = plan_memory(
-        pair.text, memory_budget="400MB", n_ctx=512, max_image_tokens=64, n_gpu_layers=0
+    params = ContextParams(n_ctx=512, max_image_tokens=64)
+    plan = plan_pair(
+        describe_pair(pair.text, pair.mmproj),
+        params,
+        400 * 10**6,
+        fixed=frozenset({"n_ctx", "max_image_tokens"}),
+        held_bytes=HELD_BYTES,
     )
     assert plan.weights != "streamed"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 from fuzz.targets import MOST_BYTES, TARGETS, Target, TooMuchError, blind_changes, run_checked
@@ -12,6 +14,15 @@ from fuzz.targets import MOST_BYTES, TARGETS, Target, TooMuchError, blind_change
 from autoglm_gguf.memory.measure import reset_peak
 
 N_BLIND = 400
+
+
+@pytest.fixture(autouse=True, scope="module")
+def level_of_the_log() -> Iterator[None]:
+    """The targets silence the package; other tests read its log."""
+    logger = logging.getLogger("autoglm_gguf")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

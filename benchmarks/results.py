@@ -107,7 +107,7 @@ CLAIMS = (
     Claim(("`import`, against `import llama_cpp`", "`import` 用时，对比 `import llama_cpp`"),
           "imports", "llama_cpp", "import_ms"),
     Claim(("first text over HTTP, against the library", "经 HTTP 的首个文本，对比直接调用库"),
-          "server-1.7b", "library", "text_first_ms"),
+          "server-1.7b-short", "library", "text_first_ms"),
     Claim(
         ("a model larger than the 4 GB budget, cold, decode, against plain mmap",
          "超出 4 GB 预算的模型，冷缓存解码速度，对比普通 mmap"),

@@ -4,9 +4,11 @@ One process holds the model and serves it; requests over HTTP come from a proces
 client's do. Measured from outside: to the first text, and from there to the last. Nothing is reused
 of an earlier prompt, so that every request costs the same.
 
-    python benchmarks/server.py [MODEL.gguf] [--tokens 64] [--repeats 7]
+    python benchmarks/server.py [MODEL.gguf] [--tokens 64] [--repeats 7] [--short]
 
-The ratio is the library's time over the server's: below 1 is what HTTP costs. Prints Markdown.
+The ratio is the library's time over the server's: below 1 is what HTTP costs. The spread of a long
+prompt's time hides a few milliseconds; one sentence can be asked often enough to tell them:
+``--short --tokens 16 --repeats 100``. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import asyncio
 import base64
 import io
 import json
+import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +64,9 @@ for line in sys.stdin:
     connection.close()
     print(json.dumps([1000 * (first - began), 1000 * (last - first), n]), flush=True)
 """
-WORDS = "You are an agent that operates a phone. " * 12
+SENTENCE = "You are an agent that operates a phone. "
+LONG = SENTENCE * 12
+RESAMPLED = 4000
 SCREEN = (432, 952)  # 15 x 34 = 510 image tokens
 
 
@@ -73,24 +78,25 @@ def screenshot() -> bytes:
     return data.getvalue()
 
 
-def requests(n_tokens: int) -> dict[str, dict[str, Any]]:
-    """Bodies by what they show."""
+def requests(words: str, n_tokens: int) -> dict[str, dict[str, Any]]:
+    """Bodies by what they show; one sentence is asked alone."""
     url = "data:image/png;base64," + base64.b64encode(screenshot()).decode()
     picture = {"type": "image_url", "image_url": {"url": url}}
     more = {"max_tokens": n_tokens, "temperature": 0.0, "cache_prompt": False, "stream": True}
-    return {
-        "text": {"messages": [{"role": "user", "content": WORDS}], **more},
-        "screenshot": {"messages": [{"role": "user", "content": [picture, WORDS]}], **more},
+    bodies = {
+        "text": {"messages": [{"role": "user", "content": words}], **more},
+        "screenshot": {"messages": [{"role": "user", "content": [picture, words]}], **more},
     }
+    return {"text": bodies["text"]} if words == SENTENCE else bodies
 
 
-def ask_library(model: AutoGLM, kind: str, n_tokens: int) -> list[float]:
+def ask_library(model: AutoGLM, kind: str, words: str, n_tokens: int) -> list[float]:
     """Milliseconds to the first text, from there to the end, and tokens."""
     image = screenshot() if kind == "screenshot" else None
     first = 0.0
     began = time.perf_counter()
     stream = model.stream(
-        WORDS, image=image, max_tokens=n_tokens, temperature=0.0, cache_prompt=False
+        words, image=image, max_tokens=n_tokens, temperature=0.0, cache_prompt=False
     )
     for chunk in stream:
         if chunk.text and not first:
@@ -118,7 +124,9 @@ def serving(model: AutoGLM) -> Iterator[int]:
         thread.join()
 
 
-def measure(model: AutoGLM, n_tokens: int, repeats: int) -> dict[str, dict[str, list[list[float]]]]:
+def measure(
+    model: AutoGLM, words: str, n_tokens: int, repeats: int
+) -> dict[str, dict[str, list[list[float]]]]:
     """By request and way, what each repeat took; the ways take turns."""
     found: dict[str, dict[str, list[list[float]]]] = {}
     with serving(model) as port:
@@ -127,13 +135,13 @@ def measure(model: AutoGLM, n_tokens: int, repeats: int) -> dict[str, dict[str, 
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         ) as client:
             assert client.stdin is not None and client.stdout is not None
-            for kind, body in requests(n_tokens).items():
+            for kind, body in requests(words, n_tokens).items():
                 ways = found[kind] = {"library": [], "server": []}
                 for n in range(repeats + 1):  # the first one warms up
                     order = ("library", "server") if n % 2 else ("server", "library")
                     for way in order:  # neither always comes after the other's heat
                         if way == "library":
-                            taken = ask_library(model, kind, n_tokens)
+                            taken = ask_library(model, kind, words, n_tokens)
                         else:
                             client.stdin.write(json.dumps(body) + "\n")
                             taken = json.loads(client.stdout.readline())
@@ -156,8 +164,21 @@ def fill(record: Record, found: dict[str, dict[str, list[list[float]]]]) -> None
                     f"{kind}_token_ms": frame.rounded(rest / max(1, n - 1)),
                 }
         pairs = list(zip(ways["library"], ways["server"], strict=True))
-        more = statistics.median(served[0] - taken[0] for taken, served in pairs)
-        record.notes.append(f"{kind}: first text {more:+.1f} ms, {pairs[0][0][2]:.0f} tokens.")
+        more = [served[0] - taken[0] for taken, served in pairs]
+        low, high = likely_median(more)
+        record.notes.append(
+            f"{kind}: first text {statistics.median(more):+.1f} ms, between {low:+.1f} and "
+            f"{high:+.1f} ms with 95 % confidence; {pairs[0][0][2]:.0f} tokens."
+        )
+
+
+def likely_median(values: Sequence[float]) -> tuple[float, float]:
+    """Between what the median lies with 95 % confidence, by resampling."""
+    draw = random.Random(0)
+    medians = sorted(
+        statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLED)
+    )
+    return medians[RESAMPLED // 40], medians[-RESAMPLED // 40 - 1]
 
 
 def main() -> None:
@@ -166,25 +187,28 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, help="default: the embedded autoglm-tiny")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--short", action="store_true", help="one sentence, no screenshot")
     arguments = parser.parse_args()
     pair = default_pair() if arguments.model is None else None
     path = pair.text if pair else arguments.model
+    words = SENTENCE if arguments.short else LONG
     measures = [
         Measure(f"{kind}_{key}_ms", f"{kind}, {label}", "ms", more=False)
-        for kind in requests(1)
+        for kind in requests(words, 1)
         for key, label in (("first", "first text"), ("token", "a token"))
     ]
     labels = {"library": "the library", "ours": "the server"}
     weights = "autoglm-tiny" if pair else frame.figure(path.stat().st_size, "B")
     settings = {"model": path.name, "weights": weights, "tokens at most": arguments.tokens}
     name = "server-tiny" if pair else f"server-{path.parent.name.partition('-')[0]}"
-    title = f"What the server adds, {name.partition('-')[2]}"
+    name += "-short" if arguments.short else ""
+    title = f"What the server adds, {name.partition('-')[2].replace('-', ', ')}"
     record = frame.begin(name, title, measures, labels, settings)
     model = AutoGLM.load(
         path, memory_budget="none", n_ctx=2048, n_gpu_layers=0, n_threads=arguments.threads
     )
     with frame.until_interrupted(record):
-        fill(record, measure(model, arguments.tokens, arguments.repeats))
+        fill(record, measure(model, words, arguments.tokens, arguments.repeats))
     frame.finish(record, arguments.json)
 
 

@@ -79,6 +79,11 @@ FULL = (
     Step("convert-1.7b", "convert.py --work WORK --size 1.7b", 400, 7 * GB),
     Step("agent-steps-1.7b", "agent_steps.py --work WORK --size 1.7b", 5400),
     Step("server-1.7b", "server.py WORK/1.7b-q4_0/model-Q4_0.gguf --repeats 9", 700),
+    Step(
+        "server-1.7b-short",
+        "server.py WORK/1.7b-q4_0/model-Q4_0.gguf --short --tokens 16 --repeats 100",
+        400,
+    ),
     Step("memory-estimates-0.4b-1.7b", "memory.py estimates --work WORK", 900, 3 * GB),
     Step("cancel", "cancel.py WORK/1.7b-q4_0", 5400),
     Step("lookup", "lookup.py WORK/1.7b-q4_0/model-Q4_0.gguf", 1800),

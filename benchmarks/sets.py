@@ -62,7 +62,7 @@ QUICK = (
         200,
         1 * GB,
     ),
-    Step("agent-steps-0.4b", "agent_steps.py --work WORK --size 0.4b --steps 4 --repeats 2", 100),
+    Step("agent-steps-0.4b", "agent_steps.py --work WORK --size 0.4b --steps 3 --repeats 2", 110),
     Step("convert-0.4b", "convert.py --work WORK --size 0.4b --repeats 3", 90, 1 * GB),
     Step("server-tiny", "server.py --repeats 9", 30),
     Step(

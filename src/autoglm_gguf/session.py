@@ -6,7 +6,6 @@ an open one is an error, since it would wait for itself. Knows no files beyond p
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -307,6 +306,8 @@ class AutoGLM:
         **sampling: Any,
     ) -> AsyncGenerator[Chunk, None]:
         """Like `stream`, without blocking the event loop; closing the iterator stops the work."""
+        import asyncio  # costs those who do not await as much as numpy
+
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue()
         stopped = StopFlag()

@@ -49,6 +49,7 @@ class LlamaEngine:
         mmproj: Its vision tower; None makes a text-only engine.
         params: Sizes and types; a plan's own take their place.
         n_outputs_max: Positions per batch whose logits may be read; None: as many as drafts need.
+        described: The two files, where they were read before.
         plan: How the pair is held; without one, all weights are copied into memory.
         watches: Look at the nodes of every batch.
 
@@ -65,10 +66,11 @@ class LlamaEngine:
         params: ContextParams,
         *,
         n_outputs_max: int | None = None,
+        described: ModelDescription | None = None,
         plan: MemoryPlan | None = None,
         watches: Sequence[NodeWatch] = (),
     ) -> None:
-        described = describe_pair(text, mmproj)
+        described = described or describe_pair(text, mmproj)
         params = params if plan is None else plan.context
         self._mmproj = mmproj
         self._tower_on_demand = plan is not None and plan.tower == "on_demand"

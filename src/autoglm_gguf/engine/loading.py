@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from autoglm_gguf.engine.llama import LlamaEngine
 from autoglm_gguf.engine.trust import TrustStore, open_trusted
+from autoglm_gguf.gguf.describe import ModelDescription, describe_pair
 from autoglm_gguf.hub import cache_directory, resolve_pair
 from autoglm_gguf.memory.budget import Budget
-from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
+from autoglm_gguf.memory.plan import MemoryPlan, plan_described
 from autoglm_gguf.native.nodes import NodeWatch
 
 
@@ -39,22 +41,27 @@ def load_engine(
         ValueError, TypeError, AutoGLMError: See `AutoGLM.load`.
     """
 
+    @cache
+    def describe() -> ModelDescription:
+        return describe_pair(*resolve_pair(model, mmproj))
+
     def plan_with(**changed: Any) -> MemoryPlan:
-        return plan_memory(
-            model,
-            mmproj=mmproj,
+        return plan_described(
+            describe,
             memory_budget=memory_budget,
             reserved_bytes=reserved_bytes,
-            **{**context, **changed},
+            context={**context, **changed},
+        )
+
+    def open_engine(plan: MemoryPlan) -> LlamaEngine:
+        return LlamaEngine(
+            *describe().paths, plan.context, described=describe(), plan=plan, watches=watches
         )
 
     plan = plan_with()
-    files = resolve_pair(model, mmproj)
-
-    def open_engine(plan: MemoryPlan) -> LlamaEngine:
-        return LlamaEngine(*files, plan.context, plan=plan, watches=watches)
-
     if not (self_test and plan.devices):
         return open_engine(plan)
     store = TrustStore(cache_directory() / "self-tests")
-    return open_trusted(plan, files, replan=plan_with, open_engine=open_engine, store=store)
+    return open_trusted(
+        plan, describe().paths, replan=plan_with, open_engine=open_engine, store=store
+    )

@@ -88,6 +88,11 @@ class ModelDescription:
     notes: tuple[str, ...]
     """One sentence per completion, for a person."""
 
+    @property
+    def paths(self) -> tuple[Path, Path | None]:
+        """Of the text and of the mmproj."""
+        return self.text.path, None if self.mmproj is None else self.mmproj.path
+
 
 def describe_pair(text: Path, mmproj: Path | None) -> ModelDescription:
     """Read and check a text GGUF and its mmproj.

@@ -8,7 +8,7 @@ has set is never changed. Chooses from headers and numbers; loads nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -175,6 +175,29 @@ def plan_memory(
         GGUFError: A file is missing or broken.
         DoesNotFitError: No choice stays under the budget, or the machine has too little memory.
     """
+    return plan_described(
+        lambda: describe_pair(*resolve_pair(model, mmproj)),
+        memory_budget=memory_budget,
+        reserved_bytes=reserved_bytes,
+        context=context,
+    )
+
+
+def plan_described(
+    describe: Callable[[], ModelDescription],
+    *,
+    memory_budget: Budget,
+    reserved_bytes: int,
+    context: Mapping[str, Any],
+) -> MemoryPlan:
+    """Plan a pair that is described when the arguments are checked and the process is measured.
+
+    Args:
+        describe: Gives the pair; what its headers take in memory is part of the load.
+        memory_budget: See `plan_memory`, as the rest and the errors.
+        reserved_bytes: See `plan_memory`.
+        context: Fields of `ContextParams`.
+    """
     budget_bytes, context = parse_sizes(memory_budget, context)
     if reserved_bytes < 0:
         raise ValueError(f"reserved_bytes {reserved_bytes}: less than nothing")
@@ -183,9 +206,8 @@ def plan_memory(
     found = () if n_gpu_layers == 0 else probe_devices()
     devices = () if n_gpu_layers == 0 else choose_devices(found, params.device)
     usage = measure_memory()
-    text, tower = resolve_pair(model, mmproj)
     return plan_pair(
-        describe_pair(text, tower),
+        describe(),
         params,
         budget_bytes,
         fixed=frozenset(context),

@@ -11,12 +11,17 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 from functools import cache
 from types import FrameType, TracebackType
 from typing import Any
 
 from autoglm_gguf.stopping import StopFlag
+
+# The C module under it, which signal imports: signal's own functions make an enum of every handler,
+# by way of an exception, and that is a good part of what Python costs for each token.
+_signal: Any = sys.modules.get("_signal", signal)
 
 
 class HeldInterrupts:
@@ -49,10 +54,10 @@ class HeldInterrupts:
     def __enter__(self) -> HeldInterrupts:
         self._is_main = threading.current_thread() is threading.main_thread()
         if self._is_main:
-            self._before = signal.getsignal(signal.SIGINT)
+            self._before = _signal.getsignal(signal.SIGINT)
             self._is_main = callable(self._before)  # ignored, or handled in C: theirs stays
         if self._is_main:
-            signal.signal(signal.SIGINT, self._note)
+            _signal.signal(signal.SIGINT, self._note)
             if self._stop is not None and self._before is signal.default_int_handler:
                 self._is_relayed = _open_relay().begin(self._stop)
         return self
@@ -67,7 +72,7 @@ class HeldInterrupts:
             return
         if self._is_relayed:
             _open_relay().end()
-        signal.signal(signal.SIGINT, self._before)  # first runs `_note` if a signal waits for it
+        _signal.signal(signal.SIGINT, self._before)  # first runs `_note` if a signal waits for it
         if self._arrived:
             if self._is_relayed:
                 _open_relay().settle()

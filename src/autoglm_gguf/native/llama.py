@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from autoglm_gguf.config import CacheType, ContextParams
 from autoglm_gguf.errors import ContextFullError
+from autoglm_gguf.native.batch import MROPE_AXES, Batch, point_at
 from autoglm_gguf.native.ggml import GGMLType, device_handle
 from autoglm_gguf.native.interrupts import HeldInterrupts
 from autoglm_gguf.native.library import (
@@ -43,7 +44,6 @@ _CACHE_TYPES: dict[CacheType, GGMLType] = {
 }
 _ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # of quantised KV; llama.cpp reads it for each context
 _ROTATION_IS_OFF = re.compile(r"\s*[+-]?0*[1-9]")  # what its atoi takes for true
-_MROPE_AXES = 4  # time, row, column, unused: llama.cpp's positions per embedding under M-RoPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class LlamaModel:
         data = text.encode()
         capacity = len(data) + 8
         ids = np.empty(capacity, np.int32)
-        pointer = _as(ids, ctypes.c_int32)
+        pointer = point_at(ids, ctypes.c_int32)
         n = self._llama.llama_tokenize(
             self.vocab, data, len(data), pointer, capacity, add_special, parse_special
         )
@@ -206,23 +206,9 @@ class LlamaContext:
     ) -> None:
         self._llama = load_llama()
         self._model = model
-        raw = self._llama.llama_context_default_params()
-        raw.n_ctx = params.n_ctx
-        raw.n_batch = raw.n_ubatch = min(params.n_batch, params.n_ctx)
-        raw.n_seq_max = 1
+        raw = self._raw_params(params)
         raw.n_outputs_max = n_outputs_max
         raw.n_threads = raw.n_threads_batch = n_threads
-        self._type_k = raw.type_k = _CACHE_TYPES[params.type_k]
-        self._type_v = raw.type_v = _CACHE_TYPES[params.type_v]
-        self._flash_attn = params.flash_attn
-        raw.flash_attn_type = (
-            self._llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            if params.flash_attn
-            else self._llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
-        raw.offload_kqv = params.offload_kqv
-        raw.op_offload = False  # what stays on the CPU is computed there: the plan counts on it
-        raw.no_perf = True
         self._callback = None  # kept as long as llama.cpp may call it
         if watches:
             self._callback = self._llama.ggml_backend_sched_eval_callback(
@@ -245,7 +231,10 @@ class LlamaContext:
         self.n_ctx = params.n_ctx
         self.n_batch = int(self._llama.llama_n_batch(self.handle))
         self.n_outputs_max = n_outputs_max
+        self._batch = Batch(self._llama.llama_batch(), self.n_batch)
         self._n_outputs = 0
+        self._rows = np.empty((0, model.n_vocab), np.float32)
+        self._rows_at = 0  # llama.cpp's own memory, as long as it lives
         self._stop = StopFlag()
         self._abort = self._llama.ggml_abort_callback(string_length())
         self.n_past = 0
@@ -260,6 +249,25 @@ class LlamaContext:
             "attn_rot": "off" if _ROTATION_IS_OFF.match(os.environ.get(_ROTATION, "")) else "on",
         }
         """What the numbers in the KV cache depend on, beside the model."""
+
+    def _raw_params(self, params: ContextParams) -> Any:
+        """llama.h, ``struct llama_context_params``."""
+        raw = self._llama.llama_context_default_params()
+        raw.n_ctx = params.n_ctx
+        raw.n_batch = raw.n_ubatch = min(params.n_batch, params.n_ctx)
+        raw.n_seq_max = 1
+        self._type_k = raw.type_k = _CACHE_TYPES[params.type_k]
+        self._type_v = raw.type_v = _CACHE_TYPES[params.type_v]
+        self._flash_attn = params.flash_attn
+        raw.flash_attn_type = (
+            self._llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if params.flash_attn
+            else self._llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        raw.offload_kqv = params.offload_kqv
+        raw.op_offload = False  # what stays on the CPU is computed there: the plan counts on it
+        raw.no_perf = True
+        return raw
 
     def watch(self, stop: StopFlag) -> None:
         """End every batch that runs when a flag is set with `Stopped`; it must outlive this."""
@@ -351,11 +359,12 @@ class LlamaContext:
             EngineError: llama.cpp failed.
         """
         n = len(tokens)
-        ids = np.asarray(tokens, np.int32)
-        if n and not (int(ids.min()) >= 0 and int(ids.max()) < self._model.n_vocab):
+        self._check_batch(n, n_outputs)
+        if not (min(tokens) >= 0 and max(tokens) < self._model.n_vocab):
             raise ValueError(f"token id outside 0..{self._model.n_vocab - 1}")
-        positions = np.arange(self.position, self.position + n, dtype=np.int32)
-        self._decode(n, n_outputs, positions, tokens=ids)
+        self._batch.put_tokens(tokens)
+        self._batch.positions[:n] = np.arange(self.position, self.position + n)
+        self._decode(n, n_outputs)
         self.position += n
 
     def decode_image(
@@ -379,30 +388,22 @@ class LlamaContext:
         if embeddings.shape != (n_columns * n_rows, self._model.n_embd):
             raise ValueError(f"embeddings of shape {embeddings.shape} do not fit grid {grid}")
         cells = np.arange(n_columns * n_rows, dtype=np.int32)
-        positions = np.empty((_MROPE_AXES, cells.size), np.int32)
+        positions = np.empty((MROPE_AXES, cells.size), np.int32)
         positions[0] = self.position
         positions[1] = self.position + cells // n_columns
         positions[2] = self.position + cells % n_columns
         positions[3] = 0
         for start in range(0, cells.size, self.n_batch):
             part = slice(start, min(start + self.n_batch, cells.size))
-            self._decode(
-                part.stop - part.start,
-                part.stop - part.start if whole else 1,
-                np.ascontiguousarray(positions[:, part]),
-                embeddings=np.ascontiguousarray(embeddings[part], np.float32),
-            )
+            n = part.stop - part.start
+            n_outputs = n if whole else 1
+            self._check_batch(n, n_outputs)
+            self._batch.put_embeddings(np.ascontiguousarray(embeddings[part], np.float32))
+            self._batch.positions[: MROPE_AXES * n] = positions[:, part].ravel()
+            self._decode(n, n_outputs)
         self.position += max(n_columns, n_rows)
 
-    def _decode(
-        self,
-        n: int,
-        n_outputs: int,
-        positions: NDArray[np.int32],
-        *,
-        tokens: NDArray[np.int32] | None = None,
-        embeddings: NDArray[np.float32] | None = None,
-    ) -> None:
+    def _check_batch(self, n: int, n_outputs: int) -> None:
         if not (1 <= n <= self.n_batch and 1 <= n_outputs <= min(n, self.n_outputs_max)):
             raise ValueError(f"batch of {n} tokens with {n_outputs} outputs")
         if self.n_past + n > self.n_ctx:
@@ -412,14 +413,10 @@ class LlamaContext:
                 n_ctx=self.n_ctx,
                 hint="raise n_ctx or shorten the conversation",
             )
-        wanted = np.zeros(n, np.int8)
-        wanted[n - n_outputs :] = 1
-        batch = self._llama.llama_batch()
-        batch.n_tokens = n
-        batch.token = _as(tokens, ctypes.c_int32)
-        batch.embd = _as(embeddings, ctypes.c_float)
-        batch.pos = _as(positions, ctypes.c_int32)
-        batch.logits = _as(wanted, ctypes.c_int8)
+
+    def _decode(self, n: int, n_outputs: int) -> None:
+        """Evaluate what `_batch` holds."""
+        batch = self._batch.of_size(n, n_outputs)
         clear_errors(self._stop)
         status = int(self._llama.llama_decode(self.handle, batch))
         if self._stop.is_set():  # status 2; or 0, where `_on_node` ended the graph
@@ -448,11 +445,11 @@ class LlamaContext:
         pointer = self._llama.llama_get_logits(self.handle)
         if not pointer:
             raise engine_error("llama.cpp: no logits")
-        shape = (self._n_outputs, self._model.n_vocab)
-        view: NDArray[np.float32] = np.ctypeslib.as_array(
-            ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), shape
-        )
-        row_view: NDArray[np.float32] = view[row]
+        address, n = ctypes.addressof(pointer.contents), self._n_outputs
+        if len(self._rows) != n or self._rows_at != address:
+            values = (ctypes.c_float * (n * self._model.n_vocab)).from_address(address)
+            self._rows, self._rows_at = np.ctypeslib.as_array(values).reshape(n, -1), address
+        row_view: NDArray[np.float32] = self._rows[row]
         return row_view
 
     def close(self) -> None:
@@ -479,8 +476,3 @@ def _overrides(copied: Mapping[str, int]) -> ctypes.Array[_Override]:
         entry.pattern = f"^({'|'.join(found)})$".encode()
         entry.buft = kind
     return table
-
-
-def _as(array: NDArray[Any] | None, ctype: Any) -> Any:
-    pointer = ctypes.POINTER(ctype)
-    return pointer() if array is None else array.ctypes.data_as(pointer)

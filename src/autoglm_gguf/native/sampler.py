@@ -6,6 +6,7 @@ Knows logits and token ids; knows nothing of text.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -83,15 +84,18 @@ class SamplerChain:
         Raises:
             EngineError: The logits hold NaN, which llama.cpp's samplers do not survive.
         """
-        logits = context.logits(output)
-        if not bool(np.isfinite(logits.max())):
+        raw = context.logits(output)
+        best = int(raw.argmax())  # a NaN, where there is one
+        if not math.isfinite(raw[best]):
             raise engine_error(
                 "model: its logits are not finite", hint="convert the checkpoint again and verify"
             )
-        logits = self._penalised(logits)
+        logits = self._penalised(raw)
         if not self.handle:
             # The first of equal ones, as llama.cpp's greedy sampler takes it.
-            return int(logits.argmax() if among is None else among[logits[among].argmax()])
+            if among is not None:
+                return int(among[logits[among].argmax()])
+            return best if logits is raw else int(logits.argmax())
         candidates = self._candidates[: len(logits) if among is None else len(among)]
         candidates["id"] = self._ids if among is None else among
         candidates["logit"] = logits if among is None else logits[among]

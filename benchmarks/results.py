@@ -80,7 +80,7 @@ CLAIMS = (
     Claim(("decode, against ONNX Runtime", "解码速度，对比 ONNX Runtime"),
           "speed-1.7b", "onnx", "decode"),
     Claim(("decode, against transformers in bf16", "解码速度，对比 transformers bf16"),
-          "speed-1.7b", "bf16", "decode"),
+          "speed-0.4b", "bf16", "decode"),
     Claim(
         ("answers held to actions, decode, against free ones",
          "约束为操作的回答，解码速度，对比不约束"),

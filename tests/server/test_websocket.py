@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import threading
 import time
@@ -33,6 +34,7 @@ from autoglm_gguf import AutoGLM
 from autoglm_gguf.engine.fake import FakeEngine
 from autoglm_gguf.messages import Chunk
 from autoglm_gguf.server import replies, websocket
+from autoglm_gguf.server.answers import Answer
 from autoglm_gguf.server.params import ServerParams
 from autoglm_gguf.server.service import Service
 
@@ -167,6 +169,21 @@ def test_cancel_ends_the_answer_and_the_connection_goes_on() -> None:
         wait_until(lambda: service.queue.is_idle)
         send(wire, type="generate", prompt="hi", max_tokens=3)
         assert said(answer(wire)) == "aga"
+
+
+def test_cancelled_answers_are_forgotten() -> None:
+    engine = PacedEngine(ENDLESS, token_s=0.002, n_ctx=50_000)
+    with served(engine) as (url, service), opened(url) as wire:
+        for _ in range(5):
+            send(wire, type="generate", prompt="hi")
+            send(wire, type="cancel")
+            assert answer(wire)[-1]["finish_reason"] == "cancelled"
+            wait_until(lambda: service.queue.is_idle)
+        gc.collect()
+        ours = [
+            a for a in gc.get_objects() if isinstance(a, Answer) and a._metrics is service.metrics
+        ]
+        assert len(ours) <= 1  # the connection's last one
 
 
 def test_cancel_ends_a_prefill_too() -> None:

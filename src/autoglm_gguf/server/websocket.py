@@ -45,7 +45,7 @@ _MAX_FAULTS = 20  # frames that make no sense, before the connection is closed
 _SLOW_CHARS = 32_768  # larger frames are read in a thread
 _POLICY, _TOO_BIG = 1008, 1009  # close codes, RFC 6455
 _Shape = TypeVar("_Shape", bound=Shape)
-_CANCELLED = ApiError(499, "cancelled", "cancelled by the client")
+_CANCELLED = "cancelled"  # the code of an error, not one error: a raised one keeps all it passed
 
 
 class Frame(Shape):
@@ -186,7 +186,7 @@ class _Connection:
             await self._generate(frame, fields, len(text))
         elif frame.type == "cancel":
             if self._answer is not None:
-                self._answer.abort(_CANCELLED)
+                self._answer.abort(ApiError(499, _CANCELLED, "cancelled by the client"))
         elif frame.type == "ping":
             await self._send({"type": "pong", **_id(frame)})
         elif frame.type != "auth":
@@ -247,7 +247,7 @@ class _Connection:
                     await self._send_end({"type": "done", **mark, **ending, **action})
                     return
         except ApiError as error:
-            if error is _CANCELLED:
+            if (error.status, error.code) == (499, _CANCELLED):
                 await self._send_end({"type": "done", **mark, "finish_reason": "cancelled"})
             else:
                 await self._send_end({"type": "error", **mark, **error.body()})

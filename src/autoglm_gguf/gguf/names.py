@@ -5,16 +5,13 @@ from __future__ import annotations
 # llama.cpp, gguf-py/gguf/constants.py
 ARCHITECTURE = "general.architecture"
 TYPE = "general.type"
-FILE_TYPE = "general.file_type"
 NAME = "general.name"
 CHAT_TEMPLATE = "tokenizer.chat_template"
 TOKENS = "tokenizer.ggml.tokens"
 MERGES = "tokenizer.ggml.merges"
-TOKEN_TYPES = "tokenizer.ggml.token_type"
 EOS_ID = "tokenizer.ggml.eos_token_id"
 EOT_ID = "tokenizer.ggml.eot_token_id"
 EOM_ID = "tokenizer.ggml.eom_token_id"
-SECTIONS = "{arch}.rope.dimension_sections"
 EMBEDDING_LENGTH = "{arch}.embedding_length"
 BLOCK_COUNT = "{arch}.block_count"
 FEED_FORWARD_LENGTH = "{arch}.feed_forward_length"
@@ -49,4 +46,3 @@ IMAGE_TOKEN = "<|image|>"
 END_OF_ANSWER = "</answer>"
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>", END_OF_ANSWER)
 """The tokens of AutoGLM-Phone-9B's ``eos_token_id`` list, by name."""
-TOKEN_TYPE_CONTROL = 3

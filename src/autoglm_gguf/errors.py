@@ -145,7 +145,7 @@ class EngineError(AutoGLMError):
 
 
 class EngineBusyError(EngineError):
-    """A stream of this model is still open in the same thread."""
+    """The model is not free: this thread has a stream open, or was cancelled as it waited."""
 
 
 class CloudError(AutoGLMError):

@@ -210,7 +210,7 @@ def make_task(
 
 
 def make_screen(rng: random.Random, layout: Layout, *, max_items: int = 6) -> Screen:
-    """Lay out a screen: one thing at most ``max_items`` times over, each thing once."""
+    """Lay out a screen of ``max_items`` things at most, no thing twice."""
     is_dark = rng.random() < 0.5
     low, high = (24, 56) if is_dark else (200, 244)
     level = rng.randint(low, high)

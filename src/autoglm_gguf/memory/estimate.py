@@ -1,8 +1,8 @@
 """Bytes that running a GGUF pair takes, by arithmetic from its headers alone.
 
-Knows llama.cpp's graphs of this family on the CPU, as far as they decide sizes; loads nothing and
-asks the machine nothing. Checked against llama.cpp's own dry run and against measured processes in
-tests/memory and benchmarks/memory.py.
+Knows llama.cpp's graphs of this family, on the CPU and on a GPU, as far as they decide sizes; loads
+nothing and asks the machine nothing. Checked against llama.cpp's own dry run and against measured
+processes in tests/memory and benchmarks/memory.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a choice of sizes and places costs: bytes per phase, and which layers stay.
 
-Arithmetic over one pair's shapes; searches nothing (that is ``plan``) and loads nothing.
+Arithmetic over one pair's shapes; searches nothing (that is ``levers``) and loads nothing.
 """
 
 from __future__ import annotations

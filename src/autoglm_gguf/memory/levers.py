@@ -51,9 +51,10 @@ class Search:
     """
 
     def __init__(self, holding: Holding, params: ContextParams, fixed: frozenset[str]) -> None:
-        self.holding, self._fixed = holding, fixed
-        weights: Weights = "repacked" if holding.repacks else "mapped"
+        self.holding = holding
         """What choices cost."""
+        self._fixed = fixed
+        weights: Weights = "repacked" if holding.repacks else "mapped"
         self.first = Choice(params, weights, holding.tower is None, gives_way=False)
         """The choice without any lever."""
         self._found: dict[int, Choice | None] = {}

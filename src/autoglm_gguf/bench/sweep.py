@@ -32,12 +32,12 @@ from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.describe import describe_pair
 from autoglm_gguf.gguf.header import Header
 from autoglm_gguf.hub import resolve_pair
+from autoglm_gguf.memory.estimate import round_n_ctx
 from autoglm_gguf.memory.offload import ALL, AUTO, parse_layers
 
 SCREEN = (1080, 2400)
 """Width and height of the phones whose screenshots are encoded, in pixels."""
 _MAX_TOKENS = 2**20
-_N_CTX_STEP = 256  # llama.cpp rounds n_ctx up to it
 _SLOWER = 0.9  # repeats below this share of the first one's speed are told
 
 
@@ -279,7 +279,7 @@ def _check_settings(settings: Settings) -> Settings:
     if required > n_ctx and "n_ctx" in context:
         raise ValueError(f"n_ctx {n_ctx}: too small for prompt and answer ({required} tokens)")
     if required > n_ctx:
-        context["n_ctx"] = -(-required // _N_CTX_STEP) * _N_CTX_STEP
+        context["n_ctx"] = round_n_ctx(required)
     return replace(settings, context=context)
 
 

@@ -22,6 +22,7 @@ from autoglm_gguf.config import ContentFormat
 from autoglm_gguf.engine.base import EngineInfo
 from autoglm_gguf.engine.content import ImageCells, Piece, count_cells
 from autoglm_gguf.errors import ContextFullError, EvaluationError, ImageError, PromptError
+from autoglm_gguf.memory.estimate import round_n_ctx
 from autoglm_gguf.messages import (
     ImagePart,
     ImageSource,
@@ -41,7 +42,6 @@ N_CTX: dict[Kind, int] = {"text": 512, "transcripts": 4096}
 LEAST_N_CTX = 8
 _MAX_BYTES = 256 * 2**20
 _JSON_LINES = ".jsonl"
-_CELLS_PER_PAD = 256  # n_ctx is told in the steps that llama.cpp rounds up to
 
 
 class Reader(Protocol):
@@ -234,13 +234,12 @@ def cut_corpus(
             raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
         n_cells = count_cells(passage.pieces)
         if n_cells > corpus.n_ctx:
-            padded = -(-n_cells // _CELLS_PER_PAD) * _CELLS_PER_PAD
             raise ContextFullError(
                 f"{corpus.name}, transcript {number}: does not fit the context ({n_cells} tokens, "
                 f"n_ctx {corpus.n_ctx})",
                 n_prompt=n_cells,
                 n_ctx=corpus.n_ctx,
-                hint=f"--n-ctx {padded}, or a smaller --max-image-tokens",
+                hint=f"--n-ctx {round_n_ctx(n_cells)}, or a smaller --max-image-tokens",
             )
         passages.append(passage)
     return Transcripts(tuple(passages))

@@ -23,7 +23,8 @@ _CACHE_BLOCKS: dict[CacheType, tuple[int, int]] = {  # elements, bytes
     "q8_0": (32, 34),
     "q4_0": (32, 18),
 }
-_CELLS_PER_PAD = 256  # llama.cpp rounds n_ctx up to it
+N_CTX_STEP = 256
+"""KV cells: llama.cpp rounds n_ctx up to a multiple of them."""
 _F32, _F16 = 4, 2
 _MAX_ALIGNMENT = 4096  # between tensors; 32 unless the file says otherwise
 # What llama.cpp keeps of a vocabulary, measured with the published model's 151,552 tokens (6 bytes
@@ -166,6 +167,11 @@ def layers_lie_together(header: Header) -> bool:
     )
 
 
+def round_n_ctx(n_cells: int) -> int:
+    """What llama.cpp makes of an n_ctx of ``n_cells``: rounded up to whole steps."""
+    return -(-n_cells // N_CTX_STEP) * N_CTX_STEP
+
+
 def kv_cache_bytes(shape: TextShape, n_ctx: int, type_k: CacheType, type_v: CacheType) -> int:
     """The KV cache of one sequence: n_ctx rounded up to 256 cells."""
     width = shape.n_heads_kv * shape.head_dim
@@ -173,7 +179,7 @@ def kv_cache_bytes(shape: TextShape, n_ctx: int, type_k: CacheType, type_v: Cach
     for kind in (type_k, type_v):
         elements, n_bytes = _CACHE_BLOCKS[kind]
         per_cell += -(-width // elements) * n_bytes
-    return _cells(n_ctx) * shape.n_layers * per_cell
+    return round_n_ctx(n_ctx) * shape.n_layers * per_cell
 
 
 def cache_type_fits(shape: TextShape, kind: CacheType) -> bool:
@@ -188,7 +194,7 @@ def graph_bytes(shape: TextShape, params: ContextParams, *, n_outputs: int = 1) 
     embeddings); without flash attention the attention scores, with f32 caches their f16 copies,
     with many outputs the logits. Every graph holds the attention mask.
     """
-    n_batch, cells = min(params.n_batch, params.n_ctx), _cells(params.n_ctx)
+    n_batch, cells = min(params.n_batch, params.n_ctx), round_n_ctx(params.n_ctx)
     caches = (params.type_k, params.type_v)
     width, row = shape.n_heads_kv * shape.head_dim, n_batch * _F32 * shape.n_embd
     # Where K and V are quantised as they are stored, the allocator finds room for one row less.
@@ -211,7 +217,7 @@ def input_bytes(shape: TextShape, params: ContextParams) -> int:
     The looked up embeddings, the attention mask, positions and indices.
     """
     n_batch = min(params.n_batch, params.n_ctx)
-    mask = n_batch * _cells(params.n_ctx) * (_F16 if params.flash_attn else _F32)
+    mask = n_batch * round_n_ctx(params.n_ctx) * (_F16 if params.flash_attn else _F32)
     return n_batch * (2 * shape.n_embd * _F32 + 32) + mask
 
 
@@ -275,10 +281,6 @@ def encode_bytes(shape: TowerShape, n_image_tokens: int) -> int:
 def embedding_bytes(shape: TowerShape, n_image_tokens: int) -> int:
     """An encoded image: ``(n_image_tokens, n_embd)`` in f32."""
     return n_image_tokens * shape.n_embd * _F32
-
-
-def _cells(n_ctx: int) -> int:
-    return -(-n_ctx // _CELLS_PER_PAD) * _CELLS_PER_PAD
 
 
 def _size(header: Header, key: str, default: int | None = None) -> int:

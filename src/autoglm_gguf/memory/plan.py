@@ -25,6 +25,7 @@ from autoglm_gguf.errors import DoesNotFitError
 from autoglm_gguf.gguf.describe import ModelDescription, describe_pair
 from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET, Budget, parse_budget
+from autoglm_gguf.memory.estimate import N_CTX_STEP
 from autoglm_gguf.memory.holding import (
     DECODED_PIXEL_BYTES,
     FLOOR_BYTES,
@@ -474,13 +475,13 @@ class _Planner:
         params = self._search.first.params
         if "n_ctx" not in self._fixed:
             return ", or a smaller outtype"
-        low, high = 0, params.n_ctx // 256  # in the steps that llama.cpp rounds up to
+        low, high = 0, params.n_ctx // N_CTX_STEP
         while high - low > 1:
             middle = (low + high) // 2
-            smaller = replace(params, n_ctx=256 * middle)
+            smaller = replace(params, n_ctx=N_CTX_STEP * middle)
             fits = Search(self._holding, smaller, self._fixed).find(budget_bytes) is not None
             low, high = (middle, high) if fits else (low, middle)
-        return f", or --n-ctx {256 * low}" if low else ", or a smaller outtype"
+        return f", or --n-ctx {N_CTX_STEP * low}" if low else ", or a smaller outtype"
 
 
 def _with(choice: Choice, **changed: Any) -> Choice:

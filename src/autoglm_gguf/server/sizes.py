@@ -20,23 +20,23 @@ from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.describe import describe_pair
 from autoglm_gguf.hub import resolve_pair
 from autoglm_gguf.memory.budget import Budget
+from autoglm_gguf.memory.estimate import round_n_ctx
 from autoglm_gguf.memory.plan import MemoryPlan, plan_memory
 
-AGENT_WORDS = 2019
-AGENT_ANSWER = 3000
+AGENT_WORDS, AGENT_ANSWER = 2019, 3000
+"""Tokens, as above."""
 OFFICIAL_IMAGE_TOKENS = 3188
 """The largest image of the official server: 5,000,000 pixels, of two frames."""
 REQUEST_BYTES = 6 * (1080 * 2400 * 3 * 4 // 3)
 """Of the budget, for a request on its way: a screenshot that does not compress, in base64, and its
 copies: what arrived, the JSON's text, the file. Measured: 57 MB. Larger bodies come on top."""
-_LEAST_ANSWER = 512
-_SMALLER_IMAGES = (2048, 1620, 1024)  # below 1024, taps land beside small targets
+_LEAST_ANSWER = 512  # tokens
+_SMALLER_IMAGES = (2048, 1620, 1024)  # tokens; below 1024, taps land beside small targets
 _SMALLER = (
     (4096, 1024),
     (3072, 512),
     (2048, 256),
 )  # n_ctx and image tokens, where nothing else fits
-_STEP = 256  # llama.cpp rounds n_ctx up to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _candidates(
         yield from (({"max_image_tokens": n}, False) for n in fitting)
         return
     for n_image in images:
-        n_ctx = -(-(AGENT_WORDS + n_image + AGENT_ANSWER) // _STEP) * _STEP
+        n_ctx = round_n_ctx(AGENT_WORDS + n_image + AGENT_ANSWER)
         if n_ctx <= n_ctx_train:
             yield _sizes(n_ctx, n_image, given), False
     for n_ctx, n_image in _SMALLER:

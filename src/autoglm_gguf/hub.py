@@ -93,7 +93,7 @@ def _only_text(directory: Path) -> Path:
     if found:
         listing = ", ".join(p.name for p in found)
         raise GGUFError(f"{directory}: several models ({listing})", hint="give one of these files")
-    if (directory / "config.json").exists():
+    if (directory / _CONFIG).exists():
         raise GGUFError(
             f"{directory}: a checkpoint, not a GGUF model",
             hint=f"autoglm-gguf convert {directory} --outdir models",
@@ -368,7 +368,7 @@ def embedded_checkpoint() -> Path:
     """
     package = Path(__file__).parent
     for place in (package / "models" / EMBEDDED, package.parents[1] / "models" / EMBEDDED):
-        if (place / "config.json").exists():
+        if (place / _CONFIG).exists():
             return place
     raise GGUFError(
         f"{EMBEDDED}: the embedded checkpoint is not in this installation",

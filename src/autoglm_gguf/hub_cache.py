@@ -19,7 +19,7 @@ from autoglm_gguf.errors import HubError
 
 SHA256_DIGITS, GIT_DIGITS = 64, 40
 _DIGEST = re.compile(rf"[0-9a-f]{{{SHA256_DIGITS}}}|[0-9a-f]{{{GIT_DIGITS}}}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(rf"[0-9a-f]{{{GIT_DIGITS}}}")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _MAX_REPO_ID = 96  # the hub's own limit
 _BLOCK_BYTES = 1 << 20

@@ -126,8 +126,7 @@ def _pair(path: Path) -> dict[str, Any]:
         "stops": {tokens[i]: i for i in sorted(described.stop_ids)},
     }
     if described.vision is not None:
-        limits = described.vision
-        facts["max_image_tokens"] = limits.max_pixels // (2 * limits.factor**2)
+        facts["max_image_tokens"] = described.vision.max_tokens
     if described.notes:
         facts["notes"] = list(described.notes)
     return {key: value for key, value in facts.items() if value is not None}

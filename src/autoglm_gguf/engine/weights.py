@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from autoglm_gguf.config import ContextParams
 from autoglm_gguf.devices import probe_memory
+from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.header import Header
 from autoglm_gguf.memory.estimate import layer_of, layer_span
 from autoglm_gguf.memory.plan import MemoryPlan
@@ -97,7 +98,7 @@ def _on_devices(header: Header, params: ContextParams) -> frozenset[str]:
     """Names of the tensors that llama.cpp puts on GPUs: the output, then the last layers."""
     if params.n_gpu_layers == 0:
         return frozenset()
-    first = (header.get_int("{arch}.block_count") or 0) - (params.n_gpu_layers - 1)
+    first = (header.get_int(names.BLOCK_COUNT) or 0) - (params.n_gpu_layers - 1)
     ends = ("output.weight", "output_norm.weight")
     return frozenset(
         tensor.name

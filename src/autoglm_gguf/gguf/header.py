@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_gguf.errors import GGUFError
+from autoglm_gguf.gguf import names
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -112,7 +113,7 @@ class Header:
     @property
     def architecture(self) -> str:
         """``general.architecture``, or an empty string."""
-        value = self.metadata.get("general.architecture", "")
+        value = self.metadata.get(names.ARCHITECTURE, "")
         return value if isinstance(value, str) else ""
 
     @property

@@ -10,19 +10,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from autoglm_gguf.config import CacheType, ContextParams
+from autoglm_gguf.config import CACHE_TYPES, CacheType, ContextParams
 from autoglm_gguf.errors import GGUFError
 from autoglm_gguf.gguf import names
-from autoglm_gguf.gguf.header import Header, TensorInfo
+from autoglm_gguf.gguf.describe import GLM_MERGE_SIZE
+from autoglm_gguf.gguf.header import TENSOR_TYPES, Header, TensorInfo
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
-_CACHE_BLOCKS: dict[CacheType, tuple[int, int]] = {  # elements, bytes
-    "f32": (1, 4),
-    "f16": (1, 2),
-    "bf16": (1, 2),
-    "q8_0": (32, 34),
-    "q4_0": (32, 18),
-}
+_BLOCKS = {name.lower(): (elements, n_bytes) for name, elements, n_bytes in TENSOR_TYPES.values()}
+_CACHE_BLOCKS: dict[CacheType, tuple[int, int]] = {kind: _BLOCKS[kind] for kind in CACHE_TYPES}
+"""Elements and bytes of a block."""
 N_CTX_STEP = 256
 """KV cells: llama.cpp rounds n_ctx up to a multiple of them."""
 _F32, _F16 = 4, 2
@@ -87,8 +84,8 @@ def text_shape(header: Header) -> TextShape:
     Raises:
         GGUFError: A size is missing or absurd.
     """
-    n_layers = _size(header, "{arch}.block_count")
-    n_embd = _size(header, "{arch}.embedding_length")
+    n_layers = _size(header, names.BLOCK_COUNT)
+    n_embd = _size(header, names.EMBEDDING_LENGTH)
     n_heads = _size(header, "{arch}.attention.head_count")
     if n_layers > len(header.tensors):
         raise GGUFError(
@@ -111,7 +108,7 @@ def text_shape(header: Header) -> TextShape:
     return TextShape(
         n_layers=n_layers,
         n_embd=n_embd,
-        n_ff=_size(header, "{arch}.feed_forward_length"),
+        n_ff=_size(header, names.FEED_FORWARD_LENGTH),
         n_heads=n_heads,
         n_heads_kv=_size(header, "{arch}.attention.head_count_kv", n_heads),
         head_dim=_size(header, "{arch}.attention.key_length", max(1, n_embd // n_heads)),
@@ -139,7 +136,7 @@ def tower_shape(header: Header) -> TowerShape:
         merger_width=merger.shape[0] if merger is not None else 0,
         n_embd=_size(header, names.PROJECTION_DIM),
         patch_size=_size(header, names.PATCH_SIZE),
-        merge_size=header.get_int(names.MERGE_SIZE) or 2,
+        merge_size=header.get_int(names.MERGE_SIZE) or GLM_MERGE_SIZE,
     )
 
 
@@ -235,11 +232,8 @@ def device_graph_bytes(shape: TextShape, params: ContextParams, *, n_outputs: in
 
 
 def work_bytes(shape: TextShape, params: ContextParams) -> int:
-    """The CPU kernels' work space: a batch's activations quantised for the widest matrix.
-
-    At most q8_K, 292 bytes for 256 elements; f16 weights would take twice that.
-    """
-    return min(params.n_batch, params.n_ctx) * shape.n_ff * 292 // 256
+    """The CPU kernels' work space: a batch's activations quantised for the widest matrix."""
+    return _quantised_bytes(min(params.n_batch, params.n_ctx) * shape.n_ff)
 
 
 def output_bytes(shape: TextShape, n_outputs: int = 1) -> int:
@@ -273,7 +267,7 @@ def encode_bytes(shape: TowerShape, n_image_tokens: int) -> int:
     blocks = n_patches * _F32 * 3 * (shape.n_ff + shape.hidden)
     merger = n_image_tokens * _F32 * (3 * shape.merger_width + 2 * shape.n_embd)
     downsample = shape.hidden * shape.merge_size**2 * shape.n_embd  # a kernel, turned into f16
-    work = max(n_patches * shape.n_ff * 292 // 256, downsample * _F16)
+    work = max(_quantised_bytes(n_patches * shape.n_ff), downsample * _F16)
     pixels = n_patches * shape.patch_size**2 * 3
     return max(blocks, merger) + work + 3 * pixels + _TOWER_BYTES
 
@@ -281,6 +275,12 @@ def encode_bytes(shape: TowerShape, n_image_tokens: int) -> int:
 def embedding_bytes(shape: TowerShape, n_image_tokens: int) -> int:
     """An encoded image: ``(n_image_tokens, n_embd)`` in f32."""
     return n_image_tokens * shape.n_embd * _F32
+
+
+def _quantised_bytes(n_elements: int) -> int:
+    """Activations as the kernels take them: q8_K at most; f16 weights would take twice that."""
+    elements, n_bytes = _BLOCKS["q8_k"]
+    return n_elements * n_bytes // elements
 
 
 def _size(header: Header, key: str, default: int | None = None) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoglm_gguf.config import CacheType, ContextParams
+from autoglm_gguf.config import CACHE_TYPES, ContextParams
 from autoglm_gguf.errors import ContextFullError
 from autoglm_gguf.native.batch import MROPE_AXES, Batch, point_at
 from autoglm_gguf.native.ggml import GGMLType, device_handle
@@ -35,13 +35,7 @@ from autoglm_gguf.native.nodes import NodeWatch
 from autoglm_gguf.native.state import StateLayout
 from autoglm_gguf.stopping import StopFlag, Stopped
 
-_CACHE_TYPES: dict[CacheType, GGMLType] = {
-    "f32": GGMLType.F32,
-    "f16": GGMLType.F16,
-    "bf16": GGMLType.BF16,
-    "q8_0": GGMLType.Q8_0,
-    "q4_0": GGMLType.Q4_0,
-}
+_CACHE_TYPES = {kind: GGMLType[kind.upper()] for kind in CACHE_TYPES}
 _ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # of quantised KV; llama.cpp reads it for each context
 _ROTATION_IS_OFF = re.compile(r"\s*[+-]?0*[1-9]")  # what its atoi takes for true
 

@@ -69,10 +69,7 @@ def choose_sizes(
     text, tower = resolve_pair(model, mmproj)
     described = describe_pair(text, tower)
     limit = 0 if described.vision is None else described.vision.max_tokens
-    metadata = described.text.metadata
-    key = names.CONTEXT_LENGTH.format(arch=metadata.get(names.ARCHITECTURE))
-    trained = metadata.get(key)
-    n_ctx_train = trained if isinstance(trained, int) else None
+    n_ctx_train = described.text.get_int(names.CONTEXT_LENGTH)
     plan = partial(
         plan_memory,
         Path(text),

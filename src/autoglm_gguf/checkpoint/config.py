@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from autoglm_gguf.errors import CheckpointError, UnsupportedModelError
+from autoglm_gguf.gguf.describe import GLM_MAX_PIXELS, GLM_MIN_PIXELS, MOST_PIXELS
 
 # published architecture -> llama.cpp's
 ARCHITECTURES = {
@@ -28,7 +29,6 @@ _CHATGLM = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_SIDE = 2**24
-_MAX_PIXELS = 2**28
 _MAX_JSON_BYTES = 256 * 2**20
 _ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section", "rope_type", "type")
 
@@ -129,8 +129,8 @@ class VisionConfig(_Config):
 class ImageLimits(_Config):
     """``preprocessor_config.json``: how screenshots become pixels."""
 
-    min_pixels: int = Field(default=12_544, gt=0, le=_MAX_PIXELS)
-    max_pixels: int = Field(default=47_040_000, gt=0, le=_MAX_PIXELS)
+    min_pixels: int = Field(default=GLM_MIN_PIXELS, gt=0, le=MOST_PIXELS)
+    max_pixels: int = Field(default=GLM_MAX_PIXELS, gt=0, le=MOST_PIXELS)
     """Two frames of width times height, as transformers counts."""
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
@@ -143,8 +143,8 @@ class ImageLimits(_Config):
         data = {key: value for key, value in raw.items() if value is not None}
         size = data.get("size")
         if isinstance(size, dict):
-            data.setdefault("min_pixels", size.get("shortest_edge", 12_544))
-            data.setdefault("max_pixels", size.get("longest_edge", 47_040_000))
+            data.setdefault("min_pixels", size.get("shortest_edge", GLM_MIN_PIXELS))
+            data.setdefault("max_pixels", size.get("longest_edge", GLM_MAX_PIXELS))
         return data
 
     @model_validator(mode="after")

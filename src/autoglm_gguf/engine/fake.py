@@ -17,14 +17,19 @@ from autoglm_gguf.config import SamplingParams
 from autoglm_gguf.engine.base import MMPROJ, MODEL, EngineInfo, ImageEmbedding
 from autoglm_gguf.engine.content import Content, ImageCells, Piece, count_cells, lay_out
 from autoglm_gguf.errors import ContextFullError, EngineError, ImageError, SavedSessionError
-from autoglm_gguf.gguf.describe import GLM_TEMPLATE, VisionLimits
+from autoglm_gguf.gguf.describe import (
+    GLM_MERGE_SIZE,
+    GLM_MIN_PIXELS,
+    GLM_TEMPLATE,
+    VisionLimits,
+)
 from autoglm_gguf.gguf.names import END_OF_ANSWER
 from autoglm_gguf.sampling import Grammar
 from autoglm_gguf.stopping import StopFlag, Stopped
 
 STOP = 256
 IMAGE = 257
-_LIMITS = VisionLimits(patch_size=14, merge_size=2, min_pixels=12_544, max_pixels=5_000_000)
+_LIMITS = VisionLimits(14, GLM_MERGE_SIZE, GLM_MIN_PIXELS, max_pixels=5_000_000)
 
 
 class FakeEngine:

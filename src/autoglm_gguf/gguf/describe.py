@@ -15,10 +15,10 @@ from autoglm_gguf.errors import GGUFError, PairMismatchError
 from autoglm_gguf.gguf import names
 from autoglm_gguf.gguf.header import Header, read_header
 
-GLM_MIN_PIXELS = 12_544
-GLM_MAX_PIXELS = 47_040_000
-"""GLM-4.1V's ``preprocessor_config.json``: two frames of 28x28 pixels times 30,000."""
+GLM_MIN_PIXELS, GLM_MAX_PIXELS = 12_544, 47_040_000
+"""GLM-4.1V's ``preprocessor_config.json``: two frames of 28x28 pixels, 8 and 30,000 times."""
 GLM_MERGE_SIZE = 2
+"""Patches per image token side."""
 GLM_TEMPLATE = """[gMASK]<sop>
 {%- for m in messages -%}
 {%- set role = 'observation' if m.role == 'tool' else m.role -%}
@@ -47,7 +47,7 @@ _TOWER_TENSORS = (
     "mm.down.weight",
 )
 _MAX_MERGE_SIZE = 16
-_MOST_PIXELS = 2**28
+MOST_PIXELS = 2**28
 """Above this a lower limit would blow every screenshot up to gigabytes."""
 _TYPE_SUFFIX = re.compile(r"(.+)-(b?f16|f32|i?q\d\w*|tq\d\w*|mxfp4\w*|fit_\d+[gmk]?b)")
 _TEMPLATE_TOKENS = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -236,7 +236,7 @@ def _limits(tower: Header, notes: list[str]) -> VisionLimits:
         merge = GLM_MERGE_SIZE  # libmtmd's own default for this projector
     if not 1 <= merge <= _MAX_MERGE_SIZE:
         raise GGUFError(f"{tower.path.name}: no usable merge size ({merge})")
-    if low is None or high is None or not 0 < low <= high or low > _MOST_PIXELS:
+    if low is None or high is None or not 0 < low <= high or low > MOST_PIXELS:
         low, high = GLM_MIN_PIXELS, GLM_MAX_PIXELS
         notes.append(f"image limits: GLM-4.1V's ({low} to {high} pixels), the file has none to use")
     return VisionLimits(patch, merge, low, high)

@@ -79,7 +79,7 @@ def _copied(header: Header, plan: MemoryPlan) -> dict[str, int]:
     fault on them made the system read megabytes around them.
     """
     repack, host = repack_buffer_type(), host_buffer_type()
-    layers, away = frozenset(plan.places.copied), _on_devices(header, plan.context)
+    layers, away = frozenset(plan.places.copied), device_tensors(header, plan.context)
     placed: dict[str, int] = {}
     for tensor in header.tensors.values():
         if tensor.name in away:
@@ -94,17 +94,14 @@ def _copied(header: Header, plan: MemoryPlan) -> dict[str, int]:
     return placed
 
 
-def _on_devices(header: Header, params: ContextParams) -> frozenset[str]:
+def device_tensors(header: Header, params: ContextParams) -> frozenset[str]:
     """Names of the tensors that llama.cpp puts on GPUs: the output, then the last layers."""
     if params.n_gpu_layers == 0:
         return frozenset()
-    first = (header.get_int(names.BLOCK_COUNT) or 0) - (params.n_gpu_layers - 1)
+    n_layers = header.get_int(names.BLOCK_COUNT) or 0
+    away = range(max(0, n_layers - (params.n_gpu_layers - 1)), n_layers)
     ends = ("output.weight", "output_norm.weight")
-    return frozenset(
-        tensor.name
-        for tensor in header.tensors.values()
-        if tensor.name in ends or (layer_of(tensor.name) or -1) >= max(0, first)
-    )
+    return frozenset(name for name in header.tensors if name in ends or layer_of(name) in away)
 
 
 class CacheScarcity:

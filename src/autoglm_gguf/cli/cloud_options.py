@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from autoglm_gguf.cli import options, output
 from autoglm_gguf.errors import DoesNotFitError
+from autoglm_gguf.hub import EMBEDDED
 from autoglm_gguf.hybrid.policy import HybridPolicy
 from autoglm_gguf.messages import Route
 from autoglm_gguf.session import AutoGLM
@@ -92,7 +93,7 @@ def load_model(
         local = load(arguments)
         n_told = len(local.info.notes)
     except DoesNotFitError as error:
-        local, n_told = UnloadedModel(Path(arguments.model or "autoglm-tiny").stem, error), 0
+        local, n_told = UnloadedModel(Path(arguments.model or EMBEDDED).stem, error), 0
     model = HybridClient(local, *given)
     for remark in model.info.notes[n_told:]:
         output.note(f"note: {remark}")

@@ -11,7 +11,7 @@ from autoglm_gguf.cli import output
 from autoglm_gguf.conversion.backends import BACKEND_TYPES
 from autoglm_gguf.conversion.fit import PREFERENCES, Fit
 from autoglm_gguf.conversion.fitting import FitReport
-from autoglm_gguf.conversion.pipeline import convert
+from autoglm_gguf.conversion.pipeline import DEFAULT_OUTTYPE, convert
 from autoglm_gguf.conversion.recipe import OUTTYPES
 from autoglm_gguf.gguf.names import FIT_PREFIX
 from autoglm_gguf.memory.budget import DEFAULT_BUDGET
@@ -26,7 +26,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--revision", metavar="R", help="branch, tag or commit of the repo (default: main)"
     )
     parser.add_argument("--outdir", default=".", metavar="DIR", help="where the files go")
-    parser.add_argument("--outtype", metavar="TYPE", help=f"{', '.join(OUTTYPES)} (default: q8_0)")
+    parser.add_argument(
+        "--outtype", metavar="TYPE", help=f"{', '.join(OUTTYPES)} (default: {DEFAULT_OUTTYPE})"
+    )
     parser.add_argument(
         "--mmproj-outtype", metavar="TYPE", help="vision tower (default: OUTTYPE, at least q8_0)"
     )
@@ -69,12 +71,12 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefer",
         choices=PREFERENCES,
-        help="speed leaves out types that decode slowly on CPUs (default: quality)",
+        help=f"speed leaves out types that decode slowly on CPUs (default: {default.prefer})",
     )
     group.add_argument(
         "--backend",
         choices=sorted(BACKEND_TYPES),
-        help="where it will run; types that it lacks are left out (default: cpu)",
+        help=f"where it will run; types that it lacks are left out (default: {default.backend})",
     )
     parser.add_argument(
         "--search-scales",

@@ -149,6 +149,7 @@ def _token_budget(text: str) -> TokenBudget:
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     """How answers are sampled."""
+    default = SamplingParams()
     parser.add_argument(
         "--max-tokens",
         type=int,
@@ -159,18 +160,22 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
     parser.add_argument(
         "--max-thinking-tokens", type=int, metavar="N", help="then the answer is begun for it"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, off")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 switches it off")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="default: 0, off")
+    parser.add_argument(
+        "--temperature", type=float, default=default.temperature, metavar="T", help="0 is greedy"
+    )
+    add = parser.add_argument
+    add("--top-p", type=float, default=default.top_p, metavar="P", help="default: 1, off")
+    add("--top-k", type=int, default=default.top_k, metavar="K", help="0 switches it off")
+    add("--min-p", type=float, default=default.min_p, metavar="P", help="default: 0, off")
     parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: a fresh one)")
-    for name, default in (("frequency", 0.0), ("presence", 0.0), ("repeat", 1.0)):
+    for name in ("frequency_penalty", "presence_penalty", "repeat_penalty"):
+        off: float = getattr(default, name)
         parser.add_argument(
-            f"--{name}-penalty",
+            f"--{name.replace('_', '-')}",
             type=float,
-            default=default,
+            default=off,
             metavar="F",
-            help=f"over generated tokens (default: {default:g}, off)",
+            help=f"over generated tokens (default: {off:g}, off)",
         )
     parser.add_argument(
         "--stop",

@@ -1,7 +1,7 @@
 """``autoglm-gguf serve``: a model behind OpenAI's API, a WebSocket and a page.
 
-Options, and what a person is told; the server is ``autoglm_gguf.server``, imported when it is asked
-for, since its packages are an extra.
+Options, and what a person is told; the server is ``autoglm_gguf.server``. All of it but its
+parameters is imported when it is asked for, since its packages are an extra.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from autoglm_gguf.cli import cloud_options, options, output
 from autoglm_gguf.errors import AutoGLMError
+from autoglm_gguf.server.params import CONSTRAIN_ACTIONS, KEY_VARIABLE, ServerParams
 from autoglm_gguf.session import AutoGLM
 from autoglm_gguf.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from autoglm_gguf.server.params import ServerParams
     from autoglm_gguf.server.service import Service
-
-_KEY_VARIABLE = "AUTOGLM_GGUF_API_KEY"  # as server.params has it
 
 
 class ServerMissingError(AutoGLMError):
@@ -35,13 +33,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     options.add_model_options(parser)
     cloud_options.add_cloud_options(parser)
     parser.set_defaults(content_format="string", run=run)
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8000, metavar="N", help="default: %(default)s; 0: a free one")
+    add, default = parser.add_argument, ServerParams()
+    add("--host", default=default.host, help="address to listen on (default: %(default)s)")
+    add(
+        "--port",
+        type=int,
+        default=default.port,
+        metavar="N",
+        help="default: %(default)s; 0: a free one",
+    )
     add(
         "--api-key",
         metavar="KEY",
-        help=f"what clients must send; better set in the environment: {_KEY_VARIABLE}",
+        help=f"what clients must send; better set in the environment: {KEY_VARIABLE}",
     )
     add("--allow-no-key", action="store_true", help="listen on a network without a key")
     many = partial(add, action="append", default=[])
@@ -49,25 +53,35 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     many("--allow-origin", metavar="ORIGIN", help="a web page that may use it: https://name")
     add(
         "--constrain-actions",
-        choices=("auto", "on", "off"),
-        default="auto",
+        choices=CONSTRAIN_ACTIONS,
+        default=default.constrain_actions,
         help="hold chat answers to valid actions: where the system prompt speaks of them, "
         "always, never (default: %(default)s)",
     )
     number = partial(add, type=int, metavar="N")
-    number("--max-queue", default=32, help="requests that may wait (default: %(default)s)")
+    number(
+        "--max-queue",
+        default=default.max_queue,
+        help="requests that may wait (default: %(default)s)",
+    )
     number("--max-tokens", help="of one answer at most (default: what n_ctx leaves)")
-    number("--max-images", default=8, help="of one request (default: %(default)s)")
-    number("--max-image-pixels", default=20_000_000, help="default: %(default)s")
+    number("--max-images", default=default.max_images, help="of one request (default: %(default)s)")
+    number("--max-image-pixels", default=default.max_image_pixels, help="default: %(default)s")
     add(
         "--max-body",
         type=_size,
-        default=32 * 2**20,
+        default=default.max_body_bytes,
         metavar="SIZE",
-        help="of one request (default: 32MiB)",
+        help=f"of one request (default: {default.max_body_bytes >> 20}MiB)",
     )
     add("--fetch-images", action="store_true", help="take http(s) image addresses, public ones")
-    add("--shutdown-seconds", type=float, default=10.0, metavar="S", help="for the last answer")
+    add(
+        "--shutdown-seconds",
+        type=float,
+        default=default.shutdown_s,
+        metavar="S",
+        help="for the last answer",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -95,8 +109,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _params(arguments: argparse.Namespace) -> ServerParams:
-    from autoglm_gguf.server.params import KEY_VARIABLE, ServerParams
-
     given = arguments.api_key  # an empty one is an error: a script meant to give one
     return ServerParams(
         host=arguments.host,

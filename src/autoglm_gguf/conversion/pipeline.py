@@ -33,7 +33,7 @@ from autoglm_gguf.memory.estimate import layer_of
 from autoglm_gguf.progress import OnProgress
 from autoglm_gguf.units import format_bytes
 
-_DEFAULT_OUTTYPE = "q8_0"
+DEFAULT_OUTTYPE = "q8_0"
 _HEADER_ROOM_BYTES = 32 * 2**20  # vocabulary and tables of the largest models, rounded up
 
 
@@ -103,7 +103,7 @@ def convert(
     _check_arguments(name, outdir, n_threads)
     if fit is not None and outtype is not None:
         raise ValueError(f"outtype {outtype!r} beside a fit, which chooses the types: give one")
-    kind = parse_outtype(outtype or _DEFAULT_OUTTYPE)
+    kind = parse_outtype(outtype or DEFAULT_OUTTYPE)
     overrides = parse_overrides(tensor_types)
     tower_kind = None if mmproj_outtype is None else parse_outtype(mmproj_outtype, mmproj=True)
     importance = None if imatrix is None else read_imatrix(Path(imatrix))

@@ -8,14 +8,20 @@ import threading
 import time
 import zlib
 
+import httpx2
 import pytest
 from serving import (
+    PATIENCE_S,
     chat,
     data_url,
     fake_app,
     image_part,
+    listening,
     png,
+    wait_until,
 )
+from wires import answer as answer_of
+from wires import opened, send
 
 from autoglm_gguf.server import images
 from autoglm_gguf.server.errors import ApiError
@@ -101,6 +107,11 @@ def test_name_with_one_private_address_is_not_fetched_from(
         fetch_image("http://name.example/x.png", 1000, "p")
 
 
+def test_name_that_cannot_be_looked_up_has_no_address() -> None:
+    assert public_address("a\x00b", 80) is None
+    assert public_address("x" * 70 + ".example", 80) is None
+
+
 @pytest.mark.parametrize(
     "url", ["http://u:p@h/x", "http://h:8080/x", "http://[::1/x", "http:///x", "http://h:99999/"]
 )
@@ -112,10 +123,17 @@ def test_odd_address_is_not_fetched(url: str) -> None:
 class Site:
     """A web site on loopback, for a test that takes it for a public one."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: bytes, slow_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        answer: bytes,
+        slow_s: float = 0.0,
+        n_bytes: int = 1000,
+    ) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._answer, self._slow_s, self.asked = answer, slow_s, b""
+        self._n_bytes = n_bytes
         monkeypatch.setattr(images, "PORTS", {"http": self.port, "https": 443})
         monkeypatch.setattr(images, "public_address", lambda *_: "127.0.0.1")
         threading.Thread(target=self._serve, daemon=True).start()
@@ -124,10 +142,10 @@ class Site:
         connection, _ = self._listener.accept()
         with connection, self._listener:
             self.asked = connection.recv(65_536)
-            for at in range(0, len(self._answer), 1000):
+            for at in range(0, len(self._answer), self._n_bytes):
                 time.sleep(self._slow_s)
                 try:
-                    connection.sendall(self._answer[at : at + 1000])
+                    connection.sendall(self._answer[at : at + self._n_bytes])
                 except OSError:
                     return
 
@@ -171,3 +189,39 @@ def test_slow_site_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(monkeypatch, response(b"x" * 9000), slow_s=0.2)
     with pytest.raises(ApiError, match=r"too slow|cannot be fetched"):
         fetch_image(f"http://name.example:{site.port}/", 10_000, "p")
+
+
+def test_site_that_sends_a_little_now_and_then_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time; all of them together do not, in the head and in the body."""
+    monkeypatch.setattr(images, "_FETCH_S", 0.4)
+    for answer in (response(b"x" * 200), b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 200):
+        site = Site(monkeypatch, answer, slow_s=0.1, n_bytes=5)
+        began = time.monotonic()
+        with pytest.raises(ApiError, match="too slow"):
+            fetch_image(f"http://name.example:{site.port}/", 10_000, "p")
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("host", ["b\u00fccher.example", "a\x00b", "." + "x" * 70 + ".example"])
+def test_name_that_no_header_can_hold_is_refused_or_written_as_one(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    site = Site(monkeypatch, response(b"picture"))
+    if host.endswith("cher.example"):
+        assert fetch_image(f"http://{host}:{site.port}/", 10_000, "p") == b"picture"
+        assert b"xn--bcher-kva.example" in site.asked
+    else:
+        with pytest.raises(ApiError):
+            fetch_image(f"http://{host}:{site.port}/", 10_000, "p")
+
+
+def test_fetching_for_a_websocket_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(monkeypatch, response(png(56, 84)), slow_s=1.5)
+    part = {"type": "image_url", "image_url": {"url": f"http://name.example:{site.port}/x.png"}}
+    with listening(fake_app(params=ServerParams(fetch_images=True))) as url, opened(url) as wire:
+        send(wire, type="generate", messages=[{"role": "user", "content": [part]}])
+        wait_until(lambda: site.asked)
+        began = time.monotonic()
+        assert httpx2.get(url + "/health", timeout=PATIENCE_S).status_code == 200
+        assert time.monotonic() - began < 1
+        assert answer_of(wire)[-1]["type"] == "done"

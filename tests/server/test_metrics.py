@@ -12,6 +12,7 @@ from serving import CHAT, HI, ask, client_of, fake_app, image_part, png
 
 from autoglm_gguf import AutoGLM, ContextParams
 from autoglm_gguf.engine.fake import FakeEngine
+from autoglm_gguf.errors import DoesNotFitError
 from autoglm_gguf.memory.plan import plan_pair
 from autoglm_gguf.server.params import ServerParams
 
@@ -109,3 +110,14 @@ def test_status_tells_what_a_page_shows(params: ServerParams) -> None:
     assert status["queue"] == {"waiting": 0, "running": False}
     assert status["memory"]["planned_bytes"] is None
     assert status["memory"]["measured"]["total_bytes"] > 10**6
+
+
+def test_answer_that_does_not_fit_is_counted_as_an_error() -> None:
+    """Its status, 503, is that of answers which were ended from outside as well."""
+
+    def refuse(_: str) -> bytes:
+        raise DoesNotFitError("model: does not fit", budget_bytes=1, required_bytes=2)
+
+    found = metrics_after(fake_app(FakeEngine(refuse)), HI)
+    assert found["autoglm_gguf_answers_total{finish_reason=error}"] == 1
+    assert "autoglm_gguf_answers_total{finish_reason=cancelled}" not in found

@@ -121,3 +121,13 @@ def test_bodies_are_held_up_to_a_bound() -> None:
     first.release()
     assert budget.n_bytes == 4
     assert second.add(6)
+
+
+@in_loop
+async def test_ticket_that_has_left_has_nobody_ahead() -> None:
+    queue = FairQueue(4)
+    queue.join("a")
+    lonely, one, _ = queue.join("b"), queue.join("c"), queue.join("c")
+    for ticket in (lonely, one):
+        ticket.leave()
+        assert ticket.n_ahead == 0

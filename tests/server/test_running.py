@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import queue
 import signal
@@ -20,9 +21,10 @@ import httpx2
 import pytest
 from serving import CHAT, HI, PATIENCE_S, PacedEngine, fake_app, service_of, until
 
-from autoglm_gguf import ServerError
+from autoglm_gguf import AutoGLM, ServerError
 from autoglm_gguf.server.params import ServerParams
 from autoglm_gguf.server.running import address_of, open_sockets, serve
+from autoglm_gguf.server.service import Service
 
 SCRIPT = """
 import sys
@@ -222,3 +224,30 @@ def test_process_has_no_other_handlers_left() -> None:
 
 def _fail() -> Any:
     raise ServerError("x")
+
+
+def test_model_that_arrives_after_the_signal_is_not_announced() -> None:
+    """Whoever is told asks for the model, which is given to nobody any more."""
+    gate, told = threading.Event(), list[str]()
+
+    def load() -> AutoGLM:
+        assert gate.wait(PATIENCE_S)
+        return AutoGLM(PacedEngine(b"ok"))
+
+    service = Service(load, ServerParams())
+
+    async def run() -> None:
+        async with service.running(lambda service: told.append(service.ready().info.name)):
+            await service.stop()
+            gate.set()
+            await until(lambda: service.holder.backend is not None)
+            await asyncio.sleep(0.05)
+
+    failed: list[Any] = []
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _, context: failed.append(context))
+    loop.run_until_complete(run())
+    gc.collect()
+    loop.close()
+    assert (told, failed) == ([], [])
+    assert service.holder.state == "stopping"

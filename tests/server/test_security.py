@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import mimetypes
 from typing import Any
@@ -269,3 +270,20 @@ def test_bug_in_the_server_is_500_without_details(monkeypatch: pytest.MonkeyPatc
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert answer.json()["error"]["code"] == "internal_error"
+
+
+def test_key_is_asked_for_under_a_prefix_too() -> None:
+    """Behind a proxy that serves it as /llm, the path that arrives begins with that."""
+    app = fake_app(params=ServerParams(api_key=KEY))
+
+    async def run() -> list[int]:
+        async with app.router.lifespan_context(app):
+            transport = httpx2.ASGITransport(app, root_path="/llm")
+            base = "http://127.0.0.1"
+            async with httpx2.AsyncClient(transport=transport, base_url=base) as client:
+                paths = ("/v1/models", "/status", "/metrics", "/health")
+                return [(await client.get("/llm" + path)).status_code for path in paths]
+
+    *keyed, health = asyncio.run(run())
+    assert keyed == [401, 401, 401]
+    assert health in (200, 503)

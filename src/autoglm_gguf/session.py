@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from autoglm_gguf.saved_session import SavedSession
 
 AUTO_SYSTEM = "auto"
+ACT_MAX_TOKENS = 512
+"""Of an `AutoGLM.act`, where nothing else is asked for: thinking and action together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +275,7 @@ class AutoGLM:
             raw: Complete the string as it is, without the chat template.
             **sampling: Fields of `SamplingParams`: max_tokens, temperature, top_p, top_k, min_p,
                 seed, frequency_penalty, presence_penalty, repeat_penalty, stop, constrain, apps,
-                cache_prompt, logprobs, top_logprobs, n_draft.
+                max_thinking_tokens, cache_prompt, logprobs, top_logprobs, n_draft.
 
         Returns:
             Chunks whose texts add up to the answer; the last has finish_reason, usage and timings.
@@ -379,7 +381,7 @@ class AutoGLM:
         *,
         system: str | None = AUTO_SYSTEM,
         current_app: str | None = None,
-        max_tokens: int = 512,
+        max_tokens: int = ACT_MAX_TOKENS,
         **sampling: Any,
     ) -> Step:
         """Choose the next action for a task, as one step of a phone agent.
@@ -405,7 +407,7 @@ class AutoGLM:
         """Like `act`, without blocking the event loop; cancelling the task stops the work."""
         system = options.pop("system", AUTO_SYSTEM)
         messages = act_messages(task, screenshot, system, options.pop("current_app", None))
-        options.setdefault("max_tokens", 512)
+        options.setdefault("max_tokens", ACT_MAX_TOKENS)
         chunks = [chunk async for chunk in self.astream(messages, **act_options(options))]
         return read_step(collect(chunks))
 

@@ -10,6 +10,7 @@ from autoglm_gguf.annotate import annotate
 from autoglm_gguf.cli import cloud_options, options, output
 from autoglm_gguf.cli.plan import draw_memory, memory_as_json
 from autoglm_gguf.config import CONSTRAIN_ACTION
+from autoglm_gguf.session import ACT_MAX_TOKENS, AUTO_SYSTEM
 from autoglm_gguf.vision import open_image
 
 
@@ -25,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--annotate", metavar="PNG", help="write the screenshot with the tap or swipe drawn on it"
     )
-    options.add_sampling_options(parser, max_tokens=512)
+    options.add_sampling_options(parser, max_tokens=ACT_MAX_TOKENS)
     cloud_options.add_cloud_options(parser)
     parser.add_argument(
         "--no-constrain",
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         step = model.act(
             arguments.task,
             arguments.screenshot,
-            system=None if arguments.no_system else "auto",
+            system=None if arguments.no_system else AUTO_SYSTEM,
             current_app=arguments.current_app,
             **sampling,
         )

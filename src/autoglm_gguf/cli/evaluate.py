@@ -11,6 +11,7 @@ from autoglm_gguf.cli.plan import draw_memory
 from autoglm_gguf.evaluate.actions import IMAGE_TOKENS, N_SCREENS, Report, Score, evaluate_actions
 from autoglm_gguf.evaluate.screens import HELD_OUT_SEED
 from autoglm_gguf.hub import resolve_checkpoint
+from autoglm_gguf.session import AUTO_SYSTEM
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         "n": arguments.screens,
         "max_image_tokens": arguments.image_tokens,
         "seed": arguments.seed,
-        "system": None if arguments.no_system else "auto",
+        "system": None if arguments.no_system else AUTO_SYSTEM,
         "on_screen": _progress,
     }
     with options.load_model(arguments) as model:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from autoglm_gguf.actions import choose_system_prompt, parse_answer
+from autoglm_gguf.actions import parse_answer
 from autoglm_gguf.errors import ActionParseError, ImageError
 from autoglm_gguf.evaluate.screens import (
     HELD_OUT_SEED,
@@ -22,8 +22,7 @@ from autoglm_gguf.evaluate.screens import (
     draw_screen,
     held_out_tasks,
 )
-from autoglm_gguf.messages import ImagePart, Message, TextPart
-from autoglm_gguf.session import AutoGLM
+from autoglm_gguf.session import AUTO_SYSTEM, AutoGLM, act_messages
 from autoglm_gguf.vision import read_pixels
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ IMAGE_TOKENS = (32, 72)
 """What autoglm-tiny is made for; a model for real phones wants 512 and more."""
 N_SCREENS = 100
 MAX_TOKENS = 128  # an answer of autoglm-tiny takes 21
-_AUTO = "auto"
 
 
 class Original(Protocol):
@@ -126,7 +124,7 @@ def evaluate_actions(
     n: int = N_SCREENS,
     max_image_tokens: Sequence[int] = IMAGE_TOKENS,
     seed: int = HELD_OUT_SEED,
-    system: str | None = _AUTO,
+    system: str | None = AUTO_SYSTEM,
     original: Original | None = None,
     on_screen: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -226,10 +224,7 @@ def _prompt(
     model: AutoGLM, task: Task, shown: Image, system: str | None
 ) -> tuple[list[int], list[int]]:
     """Token ids before and after the image, as `AutoGLM.act` asks."""
-    prompt = choose_system_prompt(task.text) if system == _AUTO else system
-    messages = [] if prompt is None else [Message("system", prompt)]
-    messages.append(Message("user", (ImagePart(shown), TextPart(task.text))))
-    head, tail = model.render(messages).segments
+    head, tail = model.render(act_messages(task.text, shown, system)).segments
     return model.tokenize(head), model.tokenize(tail)
 
 

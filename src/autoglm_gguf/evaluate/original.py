@@ -20,14 +20,15 @@ from autoglm_gguf.checkpoint.config import read_config
 from autoglm_gguf.checkpoint.safetensors import LazyTensor, Shards
 from autoglm_gguf.conversion.layouts import split_prefix
 from autoglm_gguf.errors import NativeLibraryError, UnsupportedModelError
+from autoglm_gguf.evaluate.actions import MAX_TOKENS
 from autoglm_gguf.native.ggml import to_float32
 
-_CLASSES = {
-    "Glm4vForConditionalGeneration": "Glm4vForConditionalGeneration",
-    "Glm46VForConditionalGeneration": "Glm46VForConditionalGeneration",
-    "Glm4ForCausalLM": "Glm4ForCausalLM",
-    "GlmForCausalLM": "GlmForCausalLM",
-}
+_CLASSES = (
+    "Glm4vForConditionalGeneration",
+    "Glm46VForConditionalGeneration",
+    "Glm4ForCausalLM",
+    "GlmForCausalLM",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class OriginalModel:
     def __init__(self, checkpoint: Path) -> None:
         torch, transformers = _import()
         architecture = read_config(checkpoint).architecture
-        if architecture not in _CLASSES or not hasattr(transformers, _CLASSES[architecture]):
+        if architecture not in _CLASSES or not hasattr(transformers, architecture):
             raise UnsupportedModelError(
                 f"{checkpoint.name}: transformers has no class for {architecture}",
                 hint="the weights can still be compared; only the logits cannot",
@@ -64,7 +65,7 @@ class OriginalModel:
         self._stored = {split_prefix(name): t for name, t in self._shards.tensors.items()}
         raw = transformers.AutoConfig.from_pretrained(checkpoint)
         with torch.device("meta"):
-            model_class = getattr(transformers, _CLASSES[architecture])
+            model_class = getattr(transformers, architecture)
             self.model = model_class._from_config(raw, dtype=torch.float32).eval()
         self._tied = bool(read_config(checkpoint).text.tie_word_embeddings)
         for unit in self._units():
@@ -119,7 +120,7 @@ class OriginalModel:
         tail: Sequence[int],
         *,
         draft: Sequence[int] = (),
-        max_tokens: int = 128,
+        max_tokens: int = MAX_TOKENS,
     ) -> str:
         """The greedy answer to a prompt with one image.
 

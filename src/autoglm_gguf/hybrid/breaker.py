@@ -23,8 +23,8 @@ class CircuitBreaker:
 
     def __init__(
         self,
-        n_failures: int = 3,
-        open_s: float = 30.0,
+        n_failures: int,
+        open_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -45,7 +45,7 @@ from autoglm_gguf.messages import (
 )
 from autoglm_gguf.prompt import Prompt
 from autoglm_gguf.sampling import act_options
-from autoglm_gguf.session import AUTO_SYSTEM, Step, act_messages, read_step
+from autoglm_gguf.session import ACT_MAX_TOKENS, AUTO_SYSTEM, Step, act_messages, read_step
 from autoglm_gguf.stopping import StopFlag
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class HybridClient:
         *,
         system: str | None = AUTO_SYSTEM,
         current_app: str | None = None,
-        max_tokens: int = 512,
+        max_tokens: int = ACT_MAX_TOKENS,
         **sampling: Any,
     ) -> Step:
         """Choose the next action for a task; see `AutoGLM.act`."""
@@ -232,7 +232,7 @@ class HybridClient:
         """Like `act`, for an event loop; cancelling the task stops the work."""
         system = options.pop("system", AUTO_SYSTEM)
         messages = act_messages(task, screenshot, system, options.pop("current_app", None))
-        options.setdefault("max_tokens", 512)
+        options.setdefault("max_tokens", ACT_MAX_TOKENS)
         async with aclosing(self.astream(messages, **act_options(options))) as answer:
             return read_step(collect([chunk async for chunk in answer]))
 

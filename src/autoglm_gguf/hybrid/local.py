@@ -17,6 +17,8 @@ from autoglm_gguf.prompt import Prompt
 if TYPE_CHECKING:
     from autoglm_gguf.saved_session import SavedSession
 
+CLOUD_N_CTX = 65_536
+"""Taken for a cloud's context, which is not known here: the family's."""
 PromptLike: TypeAlias = str | Sequence[MessageLike]
 
 
@@ -77,7 +79,7 @@ class UnloadedModel:
         n_ctx: What to tell of the context, which is the cloud's and not known here.
     """
 
-    def __init__(self, name: str, error: DoesNotFitError, *, n_ctx: int = 65_536) -> None:
+    def __init__(self, name: str, error: DoesNotFitError, *, n_ctx: int = CLOUD_N_CTX) -> None:
         self._error = error
         self.info = EngineInfo(
             name=name,

@@ -18,7 +18,7 @@ from typing import Any
 
 from autoglm_gguf.messages import Chunk, Message
 from autoglm_gguf.server.backend import Backend
-from autoglm_gguf.server.errors import ApiError, as_api_error
+from autoglm_gguf.server.errors import CLIENT_LEFT, ApiError, as_api_error
 from autoglm_gguf.server.metrics import Metrics
 from autoglm_gguf.server.queue import Held, Ticket
 
@@ -160,7 +160,7 @@ class Answer:
         self._arrived.set()
         self._ticket.leave()
         self._held.release()
-        failed = self._error is not None and self._error.status not in (499, 503)
+        failed = self._error is not None and self._error.status not in (CLIENT_LEFT, 503)
         early = "error" if failed else "cancelled"
         reason = (self._last and self._last.finish_reason) or early
         self._metrics.saw_end(self._last, reason)

@@ -11,13 +11,13 @@ from starlette.responses import Response
 
 from autoglm_gguf.server.answers import Answer, Ask
 from autoglm_gguf.server.asking import Asking, parse_body
-from autoglm_gguf.server.errors import ApiError
+from autoglm_gguf.server.errors import CLIENT_LEFT, ApiError
 from autoglm_gguf.server.params import ServerParams
 from autoglm_gguf.server.protocol import ChatRequest, CompletionRequest, Sampling
 from autoglm_gguf.server.queue import Held
 from autoglm_gguf.server.replies import Writer
 from autoglm_gguf.server.service import Service
-from autoglm_gguf.server.sse import CLIENT_LEFT, EventStream, answer_whole
+from autoglm_gguf.server.sse import EventStream, answer_whole
 
 _BODY_S = 60.0  # a body must arrive within this time, seconds
 _SLOW_BYTES = 32_768  # larger bodies are read in a thread

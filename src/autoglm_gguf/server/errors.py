@@ -34,8 +34,10 @@ from autoglm_gguf.errors import (
     VerificationError,
 )
 
+CLIENT_LEFT = 499
+"""Status of a request whose client did not wait; nobody sees it but log and metrics."""
 _log = logging.getLogger(__name__)
-_MAX_MESSAGE = 600
+_MAX_MESSAGE = 600  # characters
 _MAX_TOLD = 3  # faults of a body that are told at once
 
 HTTP_STATUS: dict[type[BaseException], tuple[int, str]] = {

@@ -217,6 +217,7 @@ class Writer:
         logprobs: Whether they were asked for.
         top_logprobs: Of a plain completion, whether others were asked for.
         include_usage: Whether a stream tells its usage.
+        is_chat: The answer to a chat; else a plain completion.
     """
 
     model: str

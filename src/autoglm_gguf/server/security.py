@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from autoglm_gguf.server.errors import ApiError, as_api_error
+from autoglm_gguf.server.errors import CLIENT_LEFT, ApiError, as_api_error
 from autoglm_gguf.server.metrics import Metrics
 from autoglm_gguf.server.params import PORTS, ServerParams, is_loopback
-from autoglm_gguf.server.sse import CLIENT_LEFT, LEFT
+from autoglm_gguf.server.sse import LEFT
 
 _KEYED = ("/v1/", "/metrics", "/status", "/ws/")
 SOCKET_PATH = "/ws/generate"

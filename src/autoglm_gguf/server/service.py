@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import ParamSpec, TypeVar
 
 from autoglm_gguf.hybrid.client import HybridClient
+from autoglm_gguf.hybrid.local import CLOUD_N_CTX
 from autoglm_gguf.server.answers import Answer, Ask
 from autoglm_gguf.server.asking import Asking
 from autoglm_gguf.server.backend import Backend, Holder
@@ -25,7 +26,6 @@ from autoglm_gguf.server.queue import BodyBudget, FairQueue, Held, QueueFullErro
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _N_READERS = 4  # threads that read bodies; large ones would hold up everybody's tokens
-_CLOUD_N_CTX = 65_536  # the family's context
 _LONGEST_RETRY_S = 60  # OpenAI's client heeds no longer one
 
 
@@ -90,7 +90,7 @@ class Service:
         """Makes questions for the model."""
         n_ctx = backend.info.n_ctx
         if isinstance(backend, HybridClient) and backend.may_ask_cloud:
-            n_ctx = max(n_ctx, _CLOUD_N_CTX)  # what the device refuses, a cloud may take
+            n_ctx = max(n_ctx, CLOUD_N_CTX)  # what the device refuses, a cloud may take
         return Asking(self.params, n_ctx)
 
     async def read(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:

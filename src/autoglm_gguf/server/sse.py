@@ -17,12 +17,10 @@ from starlette.types import Receive, Scope, Send
 
 from autoglm_gguf.messages import Chunk, collect
 from autoglm_gguf.server.answers import Answer
-from autoglm_gguf.server.errors import ApiError
+from autoglm_gguf.server.errors import CLIENT_LEFT, ApiError
 from autoglm_gguf.server.params import ServerParams
 from autoglm_gguf.server.replies import Writer
 
-CLIENT_LEFT = 499
-"""Status of a request whose client did not wait; nobody sees it but log and metrics."""
 LEFT = "autoglm_gguf.client_left"
 """Set in the scope of a stream whose client left."""
 _KEEP_ALIVE = b": keep-alive\n\n"

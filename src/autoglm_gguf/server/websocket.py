@@ -32,7 +32,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from autoglm_gguf.server.answers import Answer, Ask
 from autoglm_gguf.server.completions import client_of, writer_for
-from autoglm_gguf.server.errors import ApiError, as_bad_request
+from autoglm_gguf.server.errors import CLIENT_LEFT, ApiError, as_bad_request
 from autoglm_gguf.server.protocol import ChatRequest, CompletionRequest, Sampling, Shape
 from autoglm_gguf.server.replies import Writer, action_fields, usage_fields
 from autoglm_gguf.server.security import key_matches, sends_key
@@ -186,7 +186,7 @@ class _Connection:
             await self._generate(frame, fields, len(text))
         elif frame.type == "cancel":
             if self._answer is not None:
-                self._answer.abort(ApiError(499, _CANCELLED, "cancelled by the client"))
+                self._answer.abort(ApiError(CLIENT_LEFT, _CANCELLED, "cancelled by the client"))
         elif frame.type == "ping":
             await self._send({"type": "pong", **_id(frame)})
         elif frame.type != "auth":
@@ -247,7 +247,7 @@ class _Connection:
                     await self._send_end({"type": "done", **mark, **ending, **action})
                     return
         except ApiError as error:
-            if (error.status, error.code) == (499, _CANCELLED):
+            if (error.status, error.code) == (CLIENT_LEFT, _CANCELLED):
                 await self._send_end({"type": "done", **mark, "finish_reason": "cancelled"})
             else:
                 await self._send_end({"type": "error", **mark, **error.body()})

@@ -116,7 +116,7 @@ class Visit:
 
     def open(self, state: str = "ready") -> None:
         """Load the page and wait until the server's state is shown."""
-        self.page.goto(self.url)
+        self.page.goto(f"{self.url}/")
         self.wait(f"#state[data-state={state}]")
 
     def wait(self, selector: str, **options: Any) -> Locator:

@@ -15,6 +15,8 @@ import pytest
 from browser import KEY, PLACES, ROOM, TAP, saying, visiting
 from PIL import Image
 from serving import PacedEngine, fake_app, listening, png, service_of, wait_until
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from autoglm_gguf import AutoGLM
 from autoglm_gguf.actions import parse_action
@@ -316,6 +318,17 @@ def test_loading_is_told_until_it_is_done(chromium: Browser) -> None:
 
 
 # --- the key ---
+
+
+def test_page_answers_wherever_it_is_mounted(chromium: Browser) -> None:
+    app = fake_app(FakeEngine(b"ok", n_ctx=ROOM))
+    whole = Starlette(
+        routes=[Mount("/llm", app)], lifespan=lambda _: app.router.lifespan_context(app)
+    )
+    whole.state.service = service_of(app)
+    with listening(whole) as url, visiting(chromium, url + "/llm") as visit:
+        visit.say("hi")
+        assert "ok" in visit.answer().inner_text()
 
 
 def test_key_is_asked_for_and_kept_in_memory_only(chromium: Browser) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from autoglm_gguf.messages import Chunk, Message
 from autoglm_gguf.server.backend import Backend
-from autoglm_gguf.server.errors import CLIENT_LEFT, ApiError, as_api_error
+from autoglm_gguf.server.errors import ApiError, as_api_error
 from autoglm_gguf.server.metrics import Metrics
 from autoglm_gguf.server.queue import Held, Ticket
 
@@ -67,6 +67,7 @@ class Answer:
         self._arrived = asyncio.Event()
         self._ended = False
         self._error: ApiError | None = None
+        self._has_failed = False
         self._last: Chunk | None = None
         self._n_tokens = 0
         self._began = time.monotonic()
@@ -136,7 +137,7 @@ class Answer:
             follows_schema = isinstance(self._ask.sampling.get("constrain"), Mapping)
             if self._n_tokens and isinstance(error, ValueError | TypeError) and not follows_schema:
                 error = RuntimeError(error)
-            self._error = as_api_error(error)
+            self._error, self._has_failed = as_api_error(error), True
 
     async def _generate(self) -> None:
         ask = self._ask
@@ -160,8 +161,7 @@ class Answer:
         self._arrived.set()
         self._ticket.leave()
         self._held.release()
-        failed = self._error is not None and self._error.status not in (CLIENT_LEFT, 503)
-        early = "error" if failed else "cancelled"
+        early = "error" if self._has_failed else "cancelled"
         reason = (self._last and self._last.finish_reason) or early
         self._metrics.saw_end(self._last, reason)
         self._log(reason)

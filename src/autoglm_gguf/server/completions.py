@@ -20,7 +20,6 @@ from autoglm_gguf.server.service import Service
 from autoglm_gguf.server.sse import EventStream, answer_whole
 
 _BODY_S = 60.0  # a body must arrive within this time, seconds
-_SLOW_BYTES = 32_768  # larger bodies are read in a thread
 _JSON_TYPES = ("application/json", "")
 _Body = TypeVar("_Body", bound=Sampling)
 
@@ -65,8 +64,7 @@ async def _begin(
             raw.clear()  # a screenshot is 10 MB of text: held once, not twice
             return body, make(asking, body, client)
 
-        is_slow = len(raw) > _SLOW_BYTES or service.params.fetch_images
-        body, ask = await service.read(read) if is_slow else read()
+        body, ask = await service.read_request(len(raw), read)
         answer = service.begin(ask, held)
     except BaseException:
         held.release()

@@ -53,13 +53,12 @@ class FairQueue:
         return ticket
 
     def n_ahead(self, ticket: Ticket) -> int:
-        """Turns until this ticket's, as things are; 0 for the one that has it."""
-        if ticket.called.is_set():
+        """Turns until this ticket's, as things are; 0 for one that has it, had it, or left."""
+        if ticket.called.is_set() or ticket not in self._lanes.get(ticket.client, ()):
             return 0
-        before, own = 0, 0
         lanes = list(self._lanes.items())
         at = next(n for n, (client, _) in enumerate(lanes) if client == ticket.client)
-        own = lanes[at][1].index(ticket)
+        own, before = lanes[at][1].index(ticket), 0
         for n, (_, lane) in enumerate(lanes):
             if n != at:
                 before += min(len(lane), own + (1 if n < at else 0))

@@ -39,6 +39,14 @@ PAGE_POLICY = (
 _log = logging.getLogger(__name__)
 
 
+def route_path(scope: Scope) -> str:
+    """The path that routes are found by: without what this application is mounted under."""
+    path: str = scope["path"]
+    prefix = scope.get("root_path", "")
+    rest = path.removeprefix(prefix)
+    return rest if rest.startswith("/") or path == prefix else path
+
+
 def sends_key(headers: Mapping[str, str]) -> bool:
     """Whether a header carries a key, right or wrong."""
     return "authorization" in headers
@@ -105,7 +113,7 @@ class Guard:
         return address.is_loopback or not is_loopback(self._params.host)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        key, path = self._params.api_key, scope["path"]
+        key, path = self._params.api_key, route_path(scope)
         if key is None or not path.startswith(_KEYED):
             return
         if path == SOCKET_PATH and not sends_key(headers):
@@ -188,7 +196,7 @@ class Observed:
                 await told.response()(scope, receive_noting, send_noting)
         finally:
             status = CLIENT_LEFT if scope.get(LEFT) else status
-            endpoint = _endpoint(scope["path"])
+            endpoint = _endpoint(route_path(scope))
             self._metrics.saw_request(endpoint, status)
             took_ms = 1000 * (time.monotonic() - began)
             # Pages and monitors look at it all the time.

@@ -25,6 +25,8 @@ from autoglm_gguf.server.queue import BodyBudget, FairQueue, Held, QueueFullErro
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+SLOW_BYTES = 32_768
+"""Larger requests are read in a thread."""
 _N_READERS = 4  # threads that read bodies; large ones would hold up everybody's tokens
 _LONGEST_RETRY_S = 60  # OpenAI's client heeds no longer one
 
@@ -62,7 +64,7 @@ class Service:
 
         async def load() -> None:
             await self.holder.fetch()
-            if on_loaded is not None:
+            if on_loaded is not None and self.holder.state != "stopping":
                 on_loaded(self)
 
         loading = asyncio.create_task(load())
@@ -97,6 +99,12 @@ class Service:
         """Do something slow in one of the readers' threads."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._readers, lambda: work(*args, **kwargs))
+
+    async def read_request(self, n_bytes: int, work: Callable[[], _T]) -> _T:
+        """Make a question of a request of ``n_bytes``: in a thread where that can take long."""
+        if n_bytes > SLOW_BYTES or self.params.fetch_images:
+            return await self.read(work)
+        return work()
 
     def begin(self, ask: Ask, held: Held) -> Answer:
         """Begin an answer, or let it wait for its turn.

@@ -36,13 +36,12 @@ from autoglm_gguf.server.errors import CLIENT_LEFT, ApiError, as_bad_request
 from autoglm_gguf.server.protocol import ChatRequest, CompletionRequest, Sampling, Shape
 from autoglm_gguf.server.replies import Writer, action_fields, usage_fields
 from autoglm_gguf.server.security import key_matches, sends_key
-from autoglm_gguf.server.service import Service
+from autoglm_gguf.server.service import SLOW_BYTES, Service
 
 MAX_SOCKETS = 64
 _AUTH_S = 10.0  # a key must come within this time, seconds
 _AUTH_CHARS = 4096
 _MAX_FAULTS = 20  # frames that make no sense, before the connection is closed
-_SLOW_CHARS = 32_768  # larger frames are read in a thread
 _POLICY, _TOO_BIG = 1008, 1009  # close codes, RFC 6455
 _Shape = TypeVar("_Shape", bound=Shape)
 _CANCELLED = "cancelled"  # the code of an error, not one error: a raised one keeps all it passed
@@ -177,7 +176,7 @@ class _Connection:
         if len(text) > self._service.params.max_body_bytes:
             await self._socket.close(_TOO_BIG, "frame too large")
             return False
-        if len(text) > _SLOW_CHARS:
+        if len(text) > SLOW_BYTES:
             fields = await self._service.read(_read_json, text)
         else:
             fields = _read_json(text)
@@ -216,7 +215,7 @@ class _Connection:
             return chat, asking.chat(chat, client)
 
         try:
-            body, ask = await service.read(read) if n_bytes > _SLOW_CHARS else read()
+            body, ask = await service.read_request(n_bytes, read)
             self._answer = service.begin(ask, held)
         except BaseException:
             held.release()

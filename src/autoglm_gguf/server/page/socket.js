@@ -55,8 +55,9 @@ export class Connection {
     clearTimeout(this.#retrying);
     this.#drop();
     this.#tell("connecting");
-    const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-    const socket = new WebSocket(`${scheme}//${location.host}/ws/generate`);
+    const url = new URL("ws/generate", location.href); // below the page, wherever a proxy put it
+    url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
+    const socket = new WebSocket(url);
     this.#socket = socket;
     socket.onopen = () => {
       this.#heardAt = Date.now();

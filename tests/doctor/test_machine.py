@@ -58,7 +58,7 @@ def test_disk_is_held_against_what_is_still_to_come(
     disk = found("disk")
     assert disk.state == state
     assert ("HF_HUB_CACHE" in disk.hint) == (state == "note")
-    assert "20.60 GB" in disk.text and "6.24 GB" in disk.text
+    assert "20.60 GB" in disk.text and "6.33 GB" in disk.text
 
 
 def test_token_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:

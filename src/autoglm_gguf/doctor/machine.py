@@ -17,7 +17,7 @@ from autoglm_gguf.units import format_bytes
 REPO = "zai-org/AutoGLM-Phone-9B"
 CHECKPOINT_BYTES = 20_600_000_000
 """Of `REPO`: 10.29 billion bf16 parameters."""
-PAIR_BYTES = 6_240_000_000
+PAIR_BYTES = 6_330_000_000
 """Its q4_0 text and q8_0 mmproj."""
 _STEP_BYTES = 100_000_000
 

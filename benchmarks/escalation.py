@@ -1,8 +1,7 @@
 """What a confidence threshold would send to a cloud, and how many wrong actions would stay.
 
-autoglm-tiny answers its held-out instructions (text; nearly all right) and drawn screens (its eyes
-are untrained; nearly all missed), as `HybridClient` lets a device answer: held to actions, with
-probabilities. Nothing is sent.
+autoglm-tiny answers its held-out instructions (text; nearly all right) and drawn screens (all hit),
+as `HybridClient` lets a device answer: held to actions, with probabilities. Nothing is sent.
 
     python benchmarks/escalation.py [--outtype q4_0] [--instructions 200] [--screens 60]
 """

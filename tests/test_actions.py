@@ -120,6 +120,8 @@ def test_every_action_is_read_back_whatever_its_text_holds(kind: type[Action]) -
 def test_render_writes_quotes_as_the_client_slices_them() -> None:
     assert Type(text='say "hi"').render() == 'do(action="Type", text="say "hi"")'
     assert Note(message='say "hi"').render() == 'do(action="Note", message="say \\"hi\\"")'
+    # A reader may end the answer at the tag: the quotes before it are not left bare.
+    assert Type(text='"</answer>').render() == 'do(action="Type", text="\\"</answer>")'
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,13 @@ def test_text_argument_is_read_leniently(text: str, argument: str) -> None:
 
 @pytest.mark.parametrize(
     ("point", "expected"),
-    [("[ 1 , 2 ]", (1, 2)), ("[500.4,299.6]", (500, 300)), ("[999,0]", (999, 0))],
+    [
+        ("[ 1 , 2 ]", (1, 2)),
+        ("[500.4,299.6]", (500, 300)),
+        ("[999,0]", (999, 0)),
+        ("[-0.5,-0.5]", (0, 0)),
+        ("[999.4,999.4]", (999, 999)),
+    ],
 )
 def test_point_is_read_leniently(point: str, expected: tuple[int, int]) -> None:
     assert parse_action(f'do(action="Tap", element={point})').arguments["element"] == expected
@@ -167,6 +175,8 @@ def test_point_is_read_leniently(point: str, expected: tuple[int, int]) -> None:
         ('Well.<answer>do(action="Back")</answer>', "Well.", Back()),
         ('先返回do(action="Back")', "先返回", Back()),
         ('<think></think><answer>do(action="Back")', "", Back()),
+        ('<think>a</think>\n<answer>\n  do(action="Back")', "a", Back()),
+        ('<|assistant|>\n<think>a</think><|user|> do(action="Back")', "a", Back()),
     ],
 )
 def test_answer_is_split_into_thinking_and_action(text: str, thinking: str, action: Action) -> None:
@@ -205,6 +215,15 @@ def test_answer_is_split_into_thinking_and_action(text: str, thinking: str, acti
             Finish(message="say </think> or <answer>"),
         ),
         ('finish(message="say </think>")', Finish(message="say </think>")),
+        ('</think>do(action="Tap", element=[5,6]) or finish(message="x")', Tap(element=(5, 6))),
+        (
+            '<answer>I do(action="Tap", element=[5,6]) or finish(message="x")',
+            Tap(element=(5, 6)),
+        ),
+        (
+            'finish(x=1) do(action="Tap", element=[5,6]) or finish(message="x")',
+            Tap(element=(5, 6)),
+        ),
     ],
 )
 def test_answer_takes_the_call_the_client_takes_when_another_is_mentioned(
@@ -234,6 +253,9 @@ def test_answer_takes_the_call_the_client_takes_when_another_is_mentioned(
         ('do(action="Launch", app="x"', "closing quote"),
         ('do(action="Launch", app="x', "closing quote"),
         ('do(action="Tap", element=[1,2]', "not closed"),
+        ('do(action="Wait")', "Wait with arguments [], needs ['duration']"),
+        ('do(action="Wait", duration="soon")', "duration is 'soon'"),
+        ('do(action="Wait", duration=[1,2])', "duration is (1, 2)"),
         ("finish()", "no do"),
         ("finish(message=[1,2])", "message"),
         ('finish(text="x")', "message"),
@@ -261,6 +283,23 @@ def test_answer_error_says_which_argument_is_wrong(call: str, why: str) -> None:
     with pytest.raises(ActionParseError) as caught:
         parse_answer(call)
     assert caught.value.message == f"answer: {why} (answer {call!r})"
+
+
+def test_answer_error_is_the_likeliest_calls_and_holds_the_whole_answer() -> None:
+    text = '<think>a</think><answer>do(action="Fly")</answer> or do(action="Swim")'
+    with pytest.raises(ActionParseError, match="unknown action 'Fly'") as caught:
+        parse_answer(text)
+    assert caught.value.text == text
+    with pytest.raises(ActionParseError) as caught:
+        parse_action('do(action="Fly")')
+    assert caught.value.text == 'do(action="Fly")'
+
+
+def test_answer_is_searched_for_eight_calls_at_most() -> None:
+    good = 'do(action="Tap", element=[5,6])'
+    assert parse_answer("do(x=1) " * 7 + good)[1] == Tap(element=(5, 6))
+    with pytest.raises(ActionParseError, match="unknown action None"):
+        parse_answer("do(x=1) " * 8 + good)
 
 
 @pytest.mark.parametrize("point", ["-1,5", "5,-0.6", "999.5,5", "5,999.5", "1000,5", "5,1000"])
@@ -364,6 +403,13 @@ def test_system_prompts_are_those_the_embedded_model_was_trained_with() -> None:
         ('do(action="long_press", element=(1,2))', LongPress(element=(1, 2))),
         ('do(action="Wait", duration="3s")', Wait(duration="3 seconds")),
         ('do(action="Wait", duration=3)', Wait(duration="3 seconds")),
+        ('do(action="Wait", duration="2.50")', Wait(duration="2.5 seconds")),
+        ('do(action="Note", message="a") b")', Note(message='a") b')),
+        (
+            'do(action="Tap", message="pay", element=[5,6]) ("so")',
+            Tap(element=(5, 6), message="pay"),
+        ),
+        ('do（action="Note"，message="a"） b"）', Note(message='a"） b')),
         ('do(action="Type", text="a", x="b")', Type(text='a", x="b')),
     ],
 )
